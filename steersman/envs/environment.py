@@ -1,0 +1,188 @@
+"""The environment contract: gymnax's functional interface, with termination and truncation kept apart."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import gymnasium
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Key, PyTree
+
+from steersman.envs.spaces import as_gymnasium_space
+from steersman.errors import InputTypeError
+
+
+class Environment(eqx.Module):
+    """A problem that is stepped inside ``jit``, one copy at a time; callers ``vmap``.
+
+    An author writes ``reset_env``, ``step_env``, the two spaces and, where episodes are cut by a limit that is not
+    part of the task, ``is_truncated``. Everything that a robust or model-based method may want to vary belongs into
+    the parameters, which are an argument of every call.
+
+    Any object with gymnax 1.0's methods is accepted wherever this class is: subclassing is a convenience.
+
+    What the contract carries beyond the common case: observations and actions may be PyTrees; ``reward`` may have a
+    trailing axis (several objectives, or one entry per agent); ``info["costs"]`` is a dict of named costs;
+    ``info["duration"]`` the duration of a step where steps last differently long (semi-Markov); an observation dict
+    with the key ``"action_mask"`` says which discrete actions are allowed.
+    """
+
+    #: Number of agents on a leading axis of observations, actions and rewards; 0 means a single agent without axis.
+    num_agents: int = eqx.field(static=True, default=0, kw_only=True)
+
+    @property
+    def name(self) -> str:
+        """The name shown in reports."""
+        return type(self).__name__
+
+    @property
+    def default_params(self) -> PyTree:
+        """The parameters used where a caller gives none."""
+        return ()
+
+    @property
+    def sample_time(self) -> float | None:
+        """Seconds of problem time per step, or None where time has no unit."""
+        return None
+
+    @abc.abstractmethod
+    def reset_env(self, key: Key[Array, ""], params: PyTree) -> tuple[PyTree, PyTree]:
+        """Draws a start: ``(observation, state)``."""
+
+    @abc.abstractmethod
+    def step_env(
+        self, key: Key[Array, ""], state: PyTree, action: PyTree, params: PyTree
+    ) -> tuple[PyTree, PyTree, PyTree, Bool[Array, ""], dict[str, Any]]:
+        """One transition: ``(observation, state, reward, terminated, info)``, without a reset."""
+
+    def is_truncated(self, state: PyTree, params: PyTree) -> Bool[Array, ""]:
+        """Whether the episode is cut here for a reason outside the task, such as a time limit."""
+        del state, params
+        return jnp.asarray(False)
+
+    @abc.abstractmethod
+    def observation_space(self, params: PyTree) -> gymnasium.Space:
+        """The space of one observation."""
+
+    @abc.abstractmethod
+    def action_space(self, params: PyTree) -> gymnasium.Space:
+        """The space of one action."""
+
+    def reset(self, key: Key[Array, ""], params: PyTree = None) -> tuple[PyTree, PyTree]:
+        """Draws a start: ``(observation, state)``."""
+        return self.reset_env(key, self.default_params if params is None else params)
+
+    def step(
+        self, key: Key[Array, ""], state: PyTree, action: PyTree, params: PyTree = None
+    ) -> tuple[PyTree, PyTree, PyTree, Bool[Array, ""], Bool[Array, ""], dict[str, Any]]:
+        """One transition, starting a new episode where this one ended.
+
+        Returns:
+            ``(observation, state, reward, terminated, truncated, info)``. Where the episode ended, the observation
+            and the state are those of the next episode's start, and ``info["final_observation"]`` is what was
+            observed at the end; otherwise the two observations are equal.
+        """
+        params = self.default_params if params is None else params
+        step_key, reset_key = jax.random.split(key)
+        next_observation, next_state, reward, terminated, info = self.step_env(step_key, state, action, params)
+        truncated = self.is_truncated(next_state, params)
+        done = jnp.logical_or(jnp.any(terminated), truncated)
+        start_observation, start_state = self.reset_env(reset_key, params)
+
+        def choose(start: PyTree, following: PyTree) -> PyTree:
+            return jax.tree.map(lambda s, f: jnp.where(done, s, f), start, following)
+
+        info = {**info, "final_observation": next_observation}
+        observation = choose(start_observation, next_observation)
+        return observation, choose(start_state, next_state), reward, terminated, truncated, info
+
+
+class Problem(eqx.Module):
+    """An environment together with its parameters: what an algorithm is given to learn on.
+
+    Attributes:
+        environment: an :class:`Environment`, or any object with gymnax 1.0's methods.
+        params: its parameters. With ``batched_params`` every leaf has a leading axis of the number of parallel
+            environments, so that each copy can differ (domain randomization, robust training).
+    """
+
+    environment: Any
+    params: PyTree
+    batched_params: bool = eqx.field(static=True, default=False)
+
+    on_host = False
+
+    @property
+    def _one_params(self) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[0], self.params) if self.batched_params else self.params
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.environment, "name", type(self.environment).__name__))
+
+    @property
+    def num_agents(self) -> int:
+        return int(getattr(self.environment, "num_agents", 0))
+
+    @property
+    def observation_space(self) -> gymnasium.Space:
+        return as_gymnasium_space(self.environment.observation_space(self._one_params))
+
+    @property
+    def action_space(self) -> gymnasium.Space:
+        return as_gymnasium_space(self.environment.action_space(self._one_params))
+
+    def reset(self, keys: Key[Array, " N"]) -> tuple[PyTree, PyTree]:
+        """Starts one episode per key: observations and states with a leading axis ``N``."""
+        axes = (0, 0 if self.batched_params else None)
+        return jax.vmap(self.environment.reset, in_axes=axes)(keys, self.params)
+
+    def step(
+        self, keys: Key[Array, " N"], state: PyTree, action: PyTree
+    ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, dict[str, Any]]:
+        """Steps ``N`` copies, restarting those that end; see :meth:`Environment.step`."""
+        axes = (0, 0, 0, 0 if self.batched_params else None)
+        return jax.vmap(self.environment.step, in_axes=axes)(keys, state, action, self.params)
+
+
+def as_problem(given: Any) -> Any:
+    """Turns whatever a user brings into a problem that algorithms can be trained on.
+
+    Accepts a name (see :func:`steersman.envs.make`), a :class:`Problem`, a gymnax-style environment, a pair
+    ``(environment, params)``, a :class:`~steersman.envs.ControlProblem`, a Brax environment, a Gymnasium environment
+    or a function that makes one. An explicit decision process or a dataset, which algorithms without interaction
+    take, is returned as it is.
+
+    Raises:
+        InputTypeError: nothing here knows how to step what was given.
+    """
+    if isinstance(given, str):
+        from steersman.envs.registry import make
+
+        return make(given)
+    if isinstance(given, Problem) or getattr(given, "on_host", False):
+        return given
+    if isinstance(given, tuple) and len(given) == 2 and hasattr(given[0], "step"):
+        return Problem(given[0], given[1])
+    if hasattr(given, "environment") and callable(given.environment):
+        return as_problem(given.environment())
+    if hasattr(given, "pipeline_init") or hasattr(given, "mjx_model"):
+        from steersman.envs.brax_bridge import BraxEnvironment
+
+        environment = BraxEnvironment(given)
+        return Problem(environment, environment.default_params)
+    if hasattr(given, "reset_env") and hasattr(given, "step_env") and hasattr(given, "default_params"):
+        return Problem(given, given.default_params)
+    if isinstance(given, (gymnasium.Env, gymnasium.vector.VectorEnv)) or callable(given):
+        from steersman.envs.gymnasium_bridge import GymnasiumProblem
+
+        return GymnasiumProblem(given)
+    if getattr(given, "is_problem", False):
+        return given
+    raise InputTypeError(
+        f"problem is a {type(given).__name__}, but it must be an environment's name, a gymnax-style or Brax "
+        "environment, an (environment, params) pair, a ControlProblem, a Gymnasium environment or a function making one."
+    )

@@ -1,0 +1,83 @@
+"""Multilayer perceptrons in the layout that batched training wants, and orthogonal initialization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from steersman.errors import require, require_count, unknown_name
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "swish": jax.nn.swish,
+    "gelu": jax.nn.gelu,
+    "elu": jax.nn.elu,
+}
+
+
+def orthogonal(key: Key[Array, ""], shape: tuple[int, int], gain: float) -> Float[Array, "in out"]:
+    """A random matrix with orthonormal rows or columns times `gain` (Saxe et al., 2014, arXiv:1312.6120)."""
+    return jax.nn.initializers.orthogonal(gain)(key, shape, jnp.float32)
+
+
+class MLP(eqx.Module):
+    """Fully connected layers with one activation between them and none after the last.
+
+    Weights are stored ``[in, out]``, so that a batch is one plain matrix product, also without ``vmap``.
+
+    Attributes:
+        weights: one matrix per layer.
+        biases: one vector per layer.
+        activation: name of the nonlinearity, a key of ``ACTIVATIONS``.
+    """
+
+    weights: list[Float[Array, "in out"]]
+    biases: list[Float[Array, " out"]]
+    activation: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        hidden: Sequence[int] = (64, 64),
+        activation: str = "tanh",
+        *,
+        output_gain: float = 1.0,
+        key: Key[Array, ""],
+    ):
+        """Draws orthogonal weights (gain ``sqrt(2)`` inside, `output_gain` at the end) and zero biases.
+
+        Args:
+            input_size: length of the input.
+            output_size: length of the output.
+            hidden: width of each hidden layer.
+            activation: one of ``tanh``, ``relu``, ``swish``, ``gelu``, ``elu``.
+            output_gain: scale of the last layer; 0.01 makes a policy start nearly uniform.
+            key: randomness of the initialization.
+        """
+        require_count("input_size", input_size)
+        require_count("output_size", output_size)
+        for width in hidden:
+            require_count("hidden", width)
+        if activation not in ACTIVATIONS:
+            raise unknown_name("activation", activation, ACTIVATIONS)
+        require(math.isfinite(output_gain), "output_gain", output_gain, "a finite number")
+        sizes = [input_size, *hidden, output_size]
+        keys = jax.random.split(key, len(sizes) - 1)
+        gains = [math.sqrt(2.0)] * len(hidden) + [output_gain]
+        shapes = zip(sizes[:-1], sizes[1:], strict=True)
+        self.weights = [orthogonal(k, s, g) for k, s, g in zip(keys, shapes, gains, strict=True)]
+        self.biases = [jnp.zeros(size) for size in sizes[1:]]
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        activation = ACTIVATIONS[self.activation]
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            x = activation(x @ weight + bias)
+        return x @ self.weights[-1] + self.biases[-1]

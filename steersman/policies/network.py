@@ -1,0 +1,119 @@
+"""Policies whose distribution parameters come from a neural network."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from steersman.networks import MLP, orthogonal
+from steersman.policies.heads import Head
+from steersman.policies.policy import StochasticPolicy
+from steersman.policies.preprocessing import Preprocess
+
+
+class ActorNetwork(eqx.Module):
+    """From a feature vector (and a memory) to distribution parameters: the learned part of a policy."""
+
+    def init(self, key: Key[Array, ""]) -> PyTree:
+        """The memory before an episode's first step."""
+        del key
+        return ()
+
+    @abc.abstractmethod
+    def __call__(self, features: Float[Array, "... D"], carry: PyTree) -> tuple[PyTree, PyTree]:
+        """``(output, carry)``, where the head reads `output`."""
+
+
+class FeedForward(ActorNetwork):
+    """A multilayer perceptron without memory."""
+
+    trunk: MLP
+
+    def __call__(self, features: Float[Array, "... D"], carry: PyTree) -> tuple[PyTree, PyTree]:
+        return self.trunk(features), carry
+
+
+class Recurrent(ActorNetwork):
+    """A gated recurrent unit (Cho et al., 2014, arXiv:1406.1078) and a linear layer that reads its state."""
+
+    cell: eqx.nn.GRUCell
+    readout: Float[Array, "hidden out"]
+    bias: Float[Array, " out"]
+
+    def __init__(self, input_size: int, output_size: int, hidden: int, *, output_gain: float, key: Key[Array, ""]):
+        cell_key, readout_key = jax.random.split(key)
+        self.cell = eqx.nn.GRUCell(input_size, hidden, key=cell_key)
+        self.readout = orthogonal(readout_key, (hidden, output_size), output_gain)
+        self.bias = jnp.zeros(output_size)
+
+    def init(self, key: Key[Array, ""]) -> Float[Array, " hidden"]:
+        del key
+        return jnp.zeros(self.cell.hidden_size)
+
+    def __call__(self, features: Float[Array, " D"], carry: Float[Array, " hidden"]) -> tuple[Array, Array]:
+        carry = self.cell(features, carry)
+        return carry @ self.readout + self.bias, carry
+
+
+class NetworkPolicy(StochasticPolicy):
+    """Preprocessing, a network, and a head that reads the network's output.
+
+    Attributes:
+        preprocess: flattens and standardizes the observation; not learned by gradients.
+        network: the learned map.
+        free: learned numbers that no observation changes (a state-free log-std).
+        head: the family of action distributions.
+    """
+
+    preprocess: Preprocess
+    network: ActorNetwork
+    free: Float[Array, " free"]
+    head: Head
+
+    def init(self, key: Key[Array, ""]) -> PyTree:
+        return self.network.init(key)
+
+    def from_features(self, features: Float[Array, "... D"], carry: PyTree) -> tuple[PyTree, PyTree]:
+        """Distribution parameters from an already preprocessed observation."""
+        output, carry = self.network(features, carry)
+        return self.head.from_output(output, self.free), carry
+
+    def parameters(self, observation: PyTree, carry: PyTree) -> tuple[PyTree, PyTree]:
+        parameters, carry = self.from_features(self.preprocess(observation), carry)
+        if isinstance(observation, dict) and "action_mask" in observation:
+            parameters = self.head.mask(parameters, observation["action_mask"])
+        return parameters, carry
+
+
+def make_policy(
+    preprocess: Preprocess,
+    head: Head,
+    *,
+    hidden: Sequence[int] = (64, 64),
+    activation: str = "tanh",
+    memory: int = 0,
+    initial_log_std: float = 0.0,
+    key: Key[Array, ""],
+) -> NetworkPolicy:
+    """A fresh network policy for a preprocessing and a head.
+
+    Args:
+        preprocess: how observations become vectors.
+        head: the family of action distributions.
+        hidden: widths of the hidden layers (without memory).
+        activation: the nonlinearity (without memory).
+        memory: width of a recurrent state; 0 makes a feed-forward policy.
+        initial_log_std: start of a state-free log standard deviation.
+        key: randomness of the initialization.
+    """
+    if memory:
+        network = Recurrent(preprocess.size, head.output_size, memory, output_gain=0.01, key=key)
+    else:
+        trunk = MLP(preprocess.size, head.output_size, hidden, activation, output_gain=0.01, key=key)
+        network = FeedForward(trunk)
+    return NetworkPolicy(preprocess, network, jnp.full(head.free_size, initial_log_std), head)
