@@ -184,5 +184,6 @@ def as_problem(given: Any) -> Any:
         return given
     raise InputTypeError(
         f"problem is a {type(given).__name__}, but it must be an environment's name, a gymnax-style or Brax "
-        "environment, an (environment, params) pair, a ControlProblem, a Gymnasium environment or a function making one."
+        "environment, an (environment, params) pair, a ControlProblem, a Gymnasium environment or a function "
+        "that makes one."
     )

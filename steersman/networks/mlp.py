@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -71,7 +72,7 @@ class MLP(eqx.Module):
         sizes = [input_size, *hidden, output_size]
         keys = jax.random.split(key, len(sizes) - 1)
         gains = [math.sqrt(2.0)] * len(hidden) + [output_gain]
-        shapes = zip(sizes[:-1], sizes[1:], strict=True)
+        shapes = itertools.pairwise(sizes)
         self.weights = [orthogonal(k, s, g) for k, s, g in zip(keys, shapes, gains, strict=True)]
         self.biases = [jnp.zeros(size) for size in sizes[1:]]
         self.activation = activation
