@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import equinox as eqx
 import gymnasium
@@ -100,6 +101,14 @@ class Environment(eqx.Module):
         return observation, choose(start_state, next_state), reward, terminated, truncated, info
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Spaces:
+    """A problem's spaces, held by identity: Gymnasium's spaces do not hash, and static parts of a PyTree must."""
+
+    observation: gymnasium.Space
+    action: gymnasium.Space
+
+
 class Problem(eqx.Module):
     """An environment together with its parameters: what an algorithm is given to learn on.
 
@@ -107,33 +116,53 @@ class Problem(eqx.Module):
         environment: an :class:`Environment`, or any object with gymnax 1.0's methods.
         params: its parameters. With ``batched_params`` every leaf has a leading axis of the number of parallel
             environments, so that each copy can differ (domain randomization, robust training).
+        abilities: what the environment can do beyond ``reset`` and ``step``, as collectors name it;
+            ``"start from any state"`` for every environment here, since states are arguments.
     """
 
     environment: Any
     params: PyTree
-    batched_params: bool = eqx.field(static=True, default=False)
+    batched_params: bool = eqx.field(static=True)
+    _spaces: _Spaces = eqx.field(static=True)
 
-    on_host = False
+    on_host: ClassVar[bool] = False
+    abilities: ClassVar[frozenset[str]] = frozenset({"start from any state"})
 
-    @property
-    def _one_params(self) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf[0], self.params) if self.batched_params else self.params
+    def __init__(self, environment: Any, params: PyTree = None, *, batched_params: bool = False):
+        """Pairs an environment with its parameters.
+
+        Args:
+            environment: see the class.
+            params: see the class; the environment's own default parameters if None.
+            batched_params: whether every leaf of `params` has a leading axis of environments.
+        """
+        self.environment = environment
+        self.params = environment.default_params if params is None else params
+        self.batched_params = batched_params
+        one = jax.tree.map(lambda leaf: leaf[0], self.params) if batched_params else self.params
+        self._spaces = _Spaces(
+            as_gymnasium_space(environment.observation_space(one)), as_gymnasium_space(environment.action_space(one))
+        )
 
     @property
     def name(self) -> str:
+        """The environment's name."""
         return str(getattr(self.environment, "name", type(self.environment).__name__))
 
     @property
     def num_agents(self) -> int:
+        """Number of agents, or 0 for a single agent without an agent axis."""
         return int(getattr(self.environment, "num_agents", 0))
 
     @property
     def observation_space(self) -> gymnasium.Space:
-        return as_gymnasium_space(self.environment.observation_space(self._one_params))
+        """The space of one observation."""
+        return self._spaces.observation
 
     @property
     def action_space(self) -> gymnasium.Space:
-        return as_gymnasium_space(self.environment.action_space(self._one_params))
+        """The space of one action."""
+        return self._spaces.action
 
     def reset(self, keys: Key[Array, " N"]) -> tuple[PyTree, PyTree]:
         """Starts one episode per key: observations and states with a leading axis ``N``."""
@@ -172,10 +201,9 @@ def as_problem(given: Any) -> Any:
     if hasattr(given, "pipeline_init") or hasattr(given, "mjx_model"):
         from steersman.envs.brax_bridge import BraxEnvironment
 
-        environment = BraxEnvironment(given)
-        return Problem(environment, environment.default_params)
+        return Problem(BraxEnvironment(given))
     if hasattr(given, "reset_env") and hasattr(given, "step_env") and hasattr(given, "default_params"):
-        return Problem(given, given.default_params)
+        return Problem(given)
     if isinstance(given, (gymnasium.Env, gymnasium.vector.VectorEnv)) or callable(given):
         from steersman.envs.gymnasium_bridge import GymnasiumProblem
 

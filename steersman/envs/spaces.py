@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import equinox as eqx
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -62,36 +64,60 @@ def sample(space: gymnasium.Space, key: Key[Array, ""]) -> PyTree:
     raise InputTypeError(f"space is a {type(space).__name__}, which cannot be sampled inside jit.")
 
 
-def flat_size(space: gymnasium.Space) -> int:
-    """Number of floats that :func:`flatten` makes of one element of `space`."""
+class Layout(eqx.Module):
+    """How an element of a space becomes a vector of floats. Holds no bounds, hashes, and is a PyTree without leaves.
+
+    Attributes:
+        kind: ``values`` (taken as they are), ``one_hot``, or ``parts`` (concatenated).
+        size: length of the vector.
+        start: number of the first category.
+        sizes: number of categories in each place of a one-hot layout.
+        names: keys of the parts; positions where the space is a tuple.
+        parts: their layouts.
+        allowed: whether an ``"action_mask"`` travels beside the vector.
+    """
+
+    kind: str = eqx.field(static=True)
+    size: int = eqx.field(static=True)
+    start: tuple[int, ...] = eqx.field(static=True, default=())
+    sizes: tuple[int, ...] = eqx.field(static=True, default=())
+    names: tuple[str | int, ...] = eqx.field(static=True, default=())
+    parts: tuple[Layout, ...] = ()
+    allowed: bool = eqx.field(static=True, default=False)
+
+    def __call__(self, element: PyTree) -> Float[Array, " size"]:
+        """One element as a float vector."""
+        if self.kind == "parts":
+            return jnp.concatenate([part(element[name]) for name, part in zip(self.names, self.parts, strict=True)])
+        flat = jnp.ravel(jnp.asarray(element))
+        if self.kind == "one_hot":
+            hots = [jax.nn.one_hot(flat[i] - self.start[i], n) for i, n in enumerate(self.sizes)]
+            return hots[0] if len(hots) == 1 else jnp.concatenate(hots)
+        return flat if jnp.issubdtype(flat.dtype, jnp.floating) else flat.astype(jnp.float32)
+
+
+def layout(space: gymnasium.Space) -> Layout:
+    """The vector layout of `space`: discrete parts become one-hot, an action mask is left out.
+
+    Raises:
+        InputTypeError: the space has no vector form.
+    """
     if isinstance(space, spaces.Dict):
-        return sum(flat_size(part) for name, part in space.spaces.items() if name != "action_mask")
+        names = tuple(name for name in space.spaces if name != "action_mask")
+        parts = tuple(layout(space.spaces[name]) for name in names)
+        size = sum(part.size for part in parts)
+        return Layout("parts", size, names=names, parts=parts, allowed="action_mask" in space.spaces)
     if isinstance(space, spaces.Tuple):
-        return sum(flat_size(part) for part in space.spaces)
+        parts = tuple(layout(part) for part in space.spaces)
+        return Layout("parts", sum(p.size for p in parts), names=tuple(range(len(parts))), parts=parts)
     if isinstance(space, spaces.Discrete):
-        return int(space.n)
+        return Layout("one_hot", int(space.n), start=(int(space.start),), sizes=(int(space.n),))
     if isinstance(space, spaces.MultiDiscrete):
-        return int(np.sum(space.nvec))
+        sizes = tuple(int(n) for n in np.ravel(space.nvec))
+        return Layout("one_hot", sum(sizes), start=tuple(int(n) for n in np.ravel(space.start)), sizes=sizes)
     if isinstance(space, (spaces.Box, spaces.MultiBinary)):
-        return int(np.prod(space.shape))
-    raise InputTypeError(f"observation space is a {type(space).__name__}, which has no flat vector form.")
-
-
-def flatten(space: gymnasium.Space, element: PyTree) -> Float[Array, " size"]:
-    """One element of `space` as a float vector; discrete parts become one-hot, an action mask is left out."""
-    if isinstance(space, spaces.Dict):
-        parts = [flatten(p, element[name]) for name, p in space.spaces.items() if name != "action_mask"]
-        return jnp.concatenate(parts)
-    if isinstance(space, spaces.Tuple):
-        return jnp.concatenate([flatten(p, e) for p, e in zip(space.spaces, element, strict=True)])
-    if isinstance(space, spaces.Discrete):
-        return jax.nn.one_hot(element - int(space.start), int(space.n))
-    if isinstance(space, spaces.MultiDiscrete):
-        sizes = np.asarray(space.nvec).ravel()
-        values = jnp.ravel(jnp.asarray(element) - jnp.asarray(space.start))
-        return jnp.concatenate([jax.nn.one_hot(values[i], int(n)) for i, n in enumerate(sizes)])
-    flat = jnp.ravel(element)
-    return flat if jnp.issubdtype(flat.dtype, jnp.floating) else flat.astype(jnp.float32)
+        return Layout("values", math.prod(space.shape))
+    raise InputTypeError(f"observation space is a {type(space).__name__}, which has no vector form.")
 
 
 def describe(space: gymnasium.Space) -> str:

@@ -1,5 +1,7 @@
 """The Policy protocol, and what acts directly."""
 
+from steersman.policies.chunks import ChunkCarry, ChunkPolicy
+from steersman.policies.feedback import LinearFeedback
 from steersman.policies.heads import (
     Categorical,
     DiagonalGaussian,
@@ -11,26 +13,44 @@ from steersman.policies.heads import (
 )
 from steersman.policies.network import ActorNetwork, FeedForward, NetworkPolicy, Recurrent, make_policy
 from steersman.policies.policy import Mode, Policy, Record, StochasticPolicy, Wrapper
-from steersman.policies.preprocessing import Preprocess, Standardize
+from steersman.policies.preprocessing import Features, Preprocess, Standardize
+from steersman.policies.storage import PolicyFileError, check_policy, load_policy, policy_fits, save_policy
+from steersman.policies.tabular import Tabular, TabularStochastic
+from steersman.policies.wrappers import ActionFilter, ClipToBox, ObservationFilter, ObservationNoise
 
 __all__ = [
+    "ActionFilter",
     "ActorNetwork",
     "Categorical",
+    "ChunkCarry",
+    "ChunkPolicy",
+    "ClipToBox",
     "DiagonalGaussian",
+    "Features",
     "FeedForward",
     "GaussianParameters",
     "Head",
+    "LinearFeedback",
     "Mode",
     "MultiCategorical",
     "NetworkPolicy",
+    "ObservationFilter",
+    "ObservationNoise",
     "Policy",
+    "PolicyFileError",
     "Preprocess",
     "Record",
     "Recurrent",
     "Standardize",
     "StochasticPolicy",
+    "Tabular",
+    "TabularStochastic",
     "TanhGaussian",
     "Wrapper",
+    "check_policy",
     "head_for",
+    "load_policy",
     "make_policy",
+    "policy_fits",
+    "save_policy",
 ]

@@ -20,7 +20,7 @@ from gymnasium import spaces
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from steersman.envs.spaces import describe
-from steersman.errors import InputTypeError
+from steersman.errors import InputTypeError, require, require_count
 
 if TYPE_CHECKING:
     import numpyro.distributions
@@ -89,6 +89,11 @@ def _pick(log_probs: Float[Array, "... n"], index: Int[Array, "..."]) -> Float[A
     return jnp.take_along_axis(log_probs, index[..., None], axis=-1)[..., 0]
 
 
+def _finite(logits: Float[Array, "... n"]) -> Float[Array, "... n"]:
+    # NumPyro refuses infinite logits; the smallest finite number gives a masked action probability zero too.
+    return jnp.maximum(logits, jnp.finfo(logits.dtype).min)
+
+
 class Categorical(Head):
     """A distribution over ``num_actions`` discrete actions; parameters are unnormalized logits.
 
@@ -99,6 +104,9 @@ class Categorical(Head):
 
     num_actions: int = eqx.field(static=True)
     start: int = eqx.field(static=True, default=0)
+
+    def __check_init__(self) -> None:
+        require_count("num_actions", self.num_actions)
 
     @property
     def output_size(self) -> int:
@@ -136,7 +144,7 @@ class Categorical(Head):
     def distribution(self, parameters: Float[Array, "... n"]) -> numpyro.distributions.Distribution:
         import numpyro.distributions
 
-        return numpyro.distributions.Categorical(logits=parameters)
+        return numpyro.distributions.CategoricalLogits(logits=_finite(parameters))
 
     def to_action(self, sample: Int[Array, "..."]) -> Int[Array, "..."]:
         return sample + self.start if self.start else sample
@@ -151,11 +159,20 @@ class MultiCategorical(Head):
     Attributes:
         sizes: number of choices in each place.
         shape: shape of one action.
+        start: number of the first choice in each place, or None where all are zero.
     """
 
     sizes: tuple[int, ...] = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
     start: tuple[int, ...] | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        require(len(self.sizes) > 0, "sizes", self.sizes, "at least one number of choices")
+        for size in self.sizes:
+            require_count("sizes", size)
+        places = len(self.sizes)
+        require(math.prod(self.shape) == places, "shape", self.shape, f"a shape of {places} places, one for each size")
+        require(self.start is None or len(self.start) == places, "start", self.start, f"{places} numbers, or None")
 
     @property
     def output_size(self) -> int:
@@ -209,18 +226,23 @@ class MultiCategorical(Head):
     def distribution(self, parameters: Float[Array, "... out"]) -> numpyro.distributions.Distribution:
         import numpyro.distributions
 
-        # Padding with minus infinity makes the places equally wide, so that one batched distribution holds them all.
+        # Padding with impossible choices makes the places equally wide, so that one batched distribution holds them all.
         width = max(self.sizes)
         padded = [
             jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, width - p.shape[-1])], constant_values=-jnp.inf)
             for p in self._parts(parameters)
         ]
-        return numpyro.distributions.Categorical(logits=jnp.stack(padded, axis=-2)).to_event(1)
+        logits = _finite(jnp.stack(padded, axis=-2))
+        logits = logits.reshape((*logits.shape[:-2], *self.shape, width))
+        return numpyro.distributions.CategoricalLogits(logits=logits).to_event(len(self.shape))
 
     def to_action(self, sample: Int[Array, "..."]) -> Int[Array, "..."]:
         return sample if self.start is None else sample + jnp.asarray(self.start).reshape(self.shape)
 
     def mask(self, parameters: Float[Array, "... out"], allowed: PyTree) -> Float[Array, "... out"]:
+        # Gymnasium gives one mask for each place; a concatenated one is taken as it is.
+        if isinstance(allowed, (tuple, list)):
+            allowed = jnp.concatenate([jnp.asarray(part, bool) for part in allowed], axis=-1)
         return jnp.where(jnp.asarray(allowed, bool), parameters, -jnp.inf)
 
 
@@ -232,6 +254,7 @@ class GaussianParameters(NamedTuple):
 
 
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
+_QUADRATURE_NODES = 16
 
 
 class _Continuous(Head):
@@ -261,24 +284,34 @@ class _Continuous(Head):
             return GaussianParameters(mean, log_std)
         return GaussianParameters(output, jnp.broadcast_to(free, output.shape))
 
-    def _box(self) -> tuple[Array, Array] | None:
+    def __check_init__(self) -> None:
+        bounds = (self.low, self.high)
+        require((self.low is None) == (self.high is None), "low and high", bounds, "both given or both None")
         if self.low is None or self.high is None:
-            return None
-        return jnp.asarray(self.low, jnp.float32), jnp.asarray(self.high, jnp.float32)
+            return
+        sizes = (len(self.low), len(self.high))
+        require(sizes == (self.dimension,) * 2, "low and high", bounds, f"{self.dimension} numbers each")
+        ordered = all(low <= high for low, high in zip(self.low, self.high, strict=True))
+        require(ordered, "low and high", bounds, "ordered, low at or below high everywhere")
 
     def _scale(self, unit: Float[Array, "... D"]) -> Float[Array, "..."]:
-        box = self._box()
-        if box is not None:
-            low, high = box
-            unit = low + 0.5 * (high - low) * (unit + 1.0)
+        if self.low is not None and self.high is not None:
+            low, high = np.asarray(self.low), np.asarray(self.high)
+            bounded = np.isfinite(low) & np.isfinite(high)
+            centre, half = np.zeros(self.dimension), np.ones(self.dimension)
+            centre[bounded] = 0.5 * low[bounded] + 0.5 * high[bounded]
+            half[bounded] = 0.5 * high[bounded] - 0.5 * low[bounded]
+            unit = jnp.asarray(centre, unit.dtype) + jnp.asarray(half, unit.dtype) * unit
+            # Clipped last, because the affine map rounds and can leave the box by one unit in the last place.
+            unit = jnp.clip(unit, jnp.asarray(low, unit.dtype), jnp.asarray(high, unit.dtype))
         return unit.reshape(unit.shape[:-1] + self.shape)
 
 
 class DiagonalGaussian(_Continuous):
     """Independent normal distributions; parameters are :class:`GaussianParameters`.
 
-    On a bounded box, ``[-1, 1]`` is mapped onto the box and what falls outside is clipped on its way to the
-    environment; likelihoods are of the sample before clipping.
+    Where an action is bounded on both sides, ``[-1, 1]`` is mapped onto its interval; what falls outside a bound is
+    clipped on its way to the environment. Likelihoods are of the sample before clipping.
     """
 
     def sample(self, parameters: GaussianParameters, key: Key[Array, ""]) -> Float[Array, "... D"]:
@@ -309,19 +342,22 @@ class DiagonalGaussian(_Continuous):
         return numpyro.distributions.Normal(parameters.mean, jnp.exp(parameters.log_std)).to_event(1)
 
     def to_action(self, sample: Float[Array, "... D"]) -> Float[Array, "..."]:
-        if self.low is None:
-            return self._scale(sample)
-        return self._scale(jnp.clip(sample, -1.0, 1.0))
+        return self._scale(sample)
 
 
 class TanhGaussian(_Continuous):
     """A diagonal Gaussian squashed by tanh onto a bounded box.
 
     Samples and likelihoods are of the value *before* the tanh, so that a ratio never needs an inverse; the change of
-    variables is part of ``log_prob``, which is the density of the squashed value in ``(-1, 1)``. The entropy has no
-    closed form: :meth:`entropy` returns the Gaussian's, plus the log-derivative at the mean (exact to first order in
-    the variance).
+    variables is part of ``log_prob``, which is the density of the squashed value in ``(-1, 1)``. The entropy is that
+    of the squashed value too: the Gaussian's plus the mean log-derivative, which has no closed form and is integrated
+    by Gauss-Hermite quadrature: to 2e-5 nats per dimension up to a std of 1, to 4e-3 up to 2.
     """
+
+    def __check_init__(self) -> None:
+        if self.low is not None and self.high is not None:
+            finite = bool(np.all(np.isfinite(self.low)) and np.all(np.isfinite(self.high)))
+            require(finite, "low and high", (self.low, self.high), "finite for a TanhGaussian")
 
     def _gaussian(self) -> DiagonalGaussian:
         return DiagonalGaussian(self.shape)
@@ -341,7 +377,11 @@ class TanhGaussian(_Continuous):
         return self._gaussian().log_prob(parameters, action) - self._log_derivative(action)
 
     def entropy(self, parameters: GaussianParameters) -> Float[Array, "..."]:
-        return self._gaussian().entropy(parameters) + self._log_derivative(parameters.mean)
+        nodes, weights = np.polynomial.hermite_e.hermegauss(_QUADRATURE_NODES)
+        mean, std = parameters.mean[..., None, :], jnp.exp(parameters.log_std)[..., None, :]
+        values = self._log_derivative(mean + std * jnp.asarray(nodes[:, None], mean.dtype))
+        expected = jnp.sum(values * jnp.asarray(weights / weights.sum(), mean.dtype), axis=-1)
+        return self._gaussian().entropy(parameters) + expected
 
     def kl(self, old: GaussianParameters, new: GaussianParameters) -> Float[Array, "..."]:
         # The divergence does not change under an invertible map of the samples.
@@ -378,7 +418,7 @@ def head_for(space: gymnasium.Space, **options: Any) -> Head:
         return MultiCategorical((2,) * math.prod(shape), shape)
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
         low, high = np.ravel(space.low), np.ravel(space.high)
-        if np.all(np.isfinite(low)) and np.all(np.isfinite(high)):
+        if np.any(np.isfinite(low)) or np.any(np.isfinite(high)):
             return DiagonalGaussian(tuple(space.shape), tuple(low.tolist()), tuple(high.tolist()), **options)
         return DiagonalGaussian(tuple(space.shape), **options)
     raise InputTypeError(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from steersman.networks import MLP, orthogonal
 from steersman.policies.heads import Head
 from steersman.policies.policy import StochasticPolicy
-from steersman.policies.preprocessing import Preprocess
+from steersman.policies.preprocessing import Features, Preprocess
 
 
 class ActorNetwork(eqx.Module):
@@ -78,16 +78,16 @@ class NetworkPolicy(StochasticPolicy):
     def init(self, key: Key[Array, ""]) -> PyTree:
         return self.network.init(key)
 
-    def from_features(self, features: Float[Array, "... D"], carry: PyTree) -> tuple[PyTree, PyTree]:
+    def from_features(self, features: Features, carry: PyTree) -> tuple[PyTree, PyTree]:
         """Distribution parameters from an already preprocessed observation."""
-        output, carry = self.network(features, carry)
-        return self.head.from_output(output, self.free), carry
+        output, carry = self.network(features.vector, carry)
+        parameters = self.head.from_output(output, self.free)
+        if features.allowed is not None:
+            parameters = self.head.mask(parameters, features.allowed)
+        return parameters, carry
 
     def parameters(self, observation: PyTree, carry: PyTree) -> tuple[PyTree, PyTree]:
-        parameters, carry = self.from_features(self.preprocess(observation), carry)
-        if isinstance(observation, dict) and "action_mask" in observation:
-            parameters = self.head.mask(parameters, observation["action_mask"])
-        return parameters, carry
+        return self.from_features(self.preprocess(observation), carry)
 
 
 def make_policy(
@@ -116,4 +116,5 @@ def make_policy(
     else:
         trunk = MLP(preprocess.size, head.output_size, hidden, activation, output_gain=0.01, key=key)
         network = FeedForward(trunk)
-    return NetworkPolicy(preprocess, network, jnp.full(head.free_size, initial_log_std), head)
+    free = jnp.full(head.free_size, initial_log_std, jnp.result_type(float))
+    return NetworkPolicy(preprocess=preprocess, network=network, free=free, head=head)

@@ -1,18 +1,20 @@
 """The one protocol: a policy maps what has been observed to an action."""
 
-from __future__ import annotations
+# Annotations are evaluated here: Equinox does not recognize a stringified AbstractVar, and would make a field of it.
 
 import abc
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from steersman.errors import InputTypeError
+from steersman.policies.heads import Head
+
 if TYPE_CHECKING:
     import numpyro.distributions
-
-    from steersman.policies.heads import Head
 
 
 class Policy(eqx.Module):
@@ -50,7 +52,7 @@ class Policy(eqx.Module):
         action, carry = self(observation, carry, key)
         return action, carry, ()
 
-    def mode(self) -> Policy:
+    def mode(self) -> "Policy":
         """This policy with its own exploration switched off; itself where there is none."""
         return self
 
@@ -81,7 +83,7 @@ class StochasticPolicy(Policy):
     def parameters(self, observation: PyTree, carry: PyTree) -> tuple[PyTree, PyTree]:
         """The parameters of the action distribution at `observation`, and the next memory."""
 
-    def distribution(self, observation: PyTree, carry: PyTree) -> numpyro.distributions.Distribution:
+    def distribution(self, observation: PyTree, carry: PyTree) -> "numpyro.distributions.Distribution":
         """The action distribution as a NumPyro distribution (over actions before bounds are applied)."""
         return self.head.distribution(self.parameters(observation, carry)[0])
 
@@ -95,7 +97,7 @@ class StochasticPolicy(Policy):
         parameters, carry = self.parameters(observation, carry)
         return self.head.to_action(self.head.sample(parameters, key)), carry
 
-    def mode(self) -> Policy:
+    def mode(self) -> "Policy":
         return Mode(self)
 
 
@@ -128,16 +130,21 @@ class Wrapper(Policy):
     @abc.abstractmethod
     def act(self, observation: PyTree, carry: PyTree, key: Key[Array, ""]) -> tuple[PyTree, PyTree, PyTree]: ...
 
-    def mode(self) -> Policy:
+    def mode(self) -> "Policy":
         return eqx.tree_at(lambda wrapper: wrapper.policy, self, self.policy.mode())
 
 
-def zeros_like_action(space: Any) -> PyTree:
-    """An all-zero action of `space`, for memories that hold actions."""
+def zero_element(space: Any) -> PyTree:
+    """An all-zero element of a Gymnasium space, for memories that hold actions or observations.
+
+    Every number is zero, also where the space's own bounds leave zero out.
+    """
     from gymnasium import spaces
 
     if isinstance(space, spaces.Dict):
-        return {name: zeros_like_action(part) for name, part in space.spaces.items()}
+        return {name: zero_element(part) for name, part in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
-        return tuple(zeros_like_action(part) for part in space.spaces)
-    return jnp.zeros(space.shape, space.dtype)
+        return tuple(zero_element(part) for part in space.spaces)
+    if space.shape is None or space.dtype is None:
+        raise InputTypeError(f"space is a {type(space).__name__}, whose elements are not arrays.")
+    return jnp.zeros(space.shape, jax.dtypes.canonicalize_dtype(space.dtype))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import equinox as eqx
-import gymnasium
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from steersman.envs.spaces import flat_size, flatten
+from steersman.envs.spaces import Layout
 
 
 class Standardize(eqx.Module):
@@ -27,22 +28,35 @@ class Standardize(eqx.Module):
         return jnp.clip((x - self.mean) * self.inverse_std, -self.clip, self.clip)
 
 
+class Features(NamedTuple):
+    """What a network reads.
+
+    Attributes:
+        vector: the flattened, standardized observation.
+        allowed: which discrete actions may be taken, or None where the observation carries no action mask.
+    """
+
+    vector: Float[Array, "... size"]
+    allowed: PyTree = None
+
+
 class Preprocess(eqx.Module):
     """Flattens an observation and, where statistics are there, standardizes it.
 
     Attributes:
-        space: the observation space, which says how to flatten.
+        layout: how an observation becomes a vector (:func:`steersman.envs.spaces.layout`).
         standardize: the frozen statistics, or None to pass values through.
     """
 
-    space: gymnasium.Space = eqx.field(static=True)
+    layout: Layout
     standardize: Standardize | None = None
 
     @property
     def size(self) -> int:
         """Length of the vector."""
-        return flat_size(self.space)
+        return self.layout.size
 
-    def __call__(self, observation: PyTree) -> Float[Array, " size"]:
-        flat = flatten(self.space, observation)
-        return flat if self.standardize is None else self.standardize(flat)
+    def __call__(self, observation: PyTree) -> Features:
+        flat = self.layout(observation)
+        vector = flat if self.standardize is None else self.standardize(flat)
+        return Features(vector, observation["action_mask"] if self.layout.allowed else None)

@@ -1,1 +1,1 @@
-"""Room."""
+"""Reinforcement learning: policies improved from interaction."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from steersman.policies.preprocessing import Standardize
 
@@ -24,15 +24,15 @@ class RunningMoments(eqx.Module):
     """
 
     count: Float[Array, ""]
-    mean: Float[Array, " D"]
-    m2: Float[Array, " D"]
+    mean: Float[Array, "*D"]
+    m2: Float[Array, "*D"]
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...] = ()) -> RunningMoments:
         """Moments of nothing yet."""
         return cls(jnp.zeros(()), jnp.zeros(shape), jnp.zeros(shape))
 
-    def update(self, batch: Float[Array, "... D"]) -> RunningMoments:
+    def update(self, batch: Float[Array, "..."] | Int[Array, "..."]) -> RunningMoments:
         """Merges every row of `batch` (all leading axes are rows)."""
         rows = batch.reshape((-1, *self.mean.shape)).astype(jnp.float32)
         batch_count = jnp.asarray(rows.shape[0], jnp.float32)
@@ -45,7 +45,7 @@ class RunningMoments(eqx.Module):
         return RunningMoments(total, mean, m2)
 
     @property
-    def variance(self) -> Float[Array, " D"]:
+    def variance(self) -> Float[Array, "*D"]:
         """Population variance; one where nothing has been seen."""
         return jnp.where(self.count > 0, self.m2 / jnp.maximum(self.count, 1.0), 1.0)
 

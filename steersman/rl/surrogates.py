@@ -1,0 +1,136 @@
+"""The surrogate slot of likelihood-ratio methods: what pulls a policy towards good actions and holds it back.
+
+Each class here fills the slot with one of the loss functions in :mod:`steersman.objectives`, adding the numbers that
+it needs and, where the method has one, a coefficient that adapts after every update.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from steersman import objectives
+from steersman.errors import require_number
+from steersman.training.schedules import Schedule, scalar
+
+
+class SurrogateInputs(NamedTuple):
+    """What a surrogate may look at beyond ratio and advantage. What it leaves unused is never computed.
+
+    Attributes:
+        kl: divergence of the new policy from the old one at each observation, ``KL(old || new)``.
+        log_prob: log-probability of the action under the new policy.
+        entropy: entropy of the new policy at each observation.
+    """
+
+    kl: Float[Array, " B"]
+    log_prob: Float[Array, " B"]
+    entropy: Float[Array, " B"]
+
+
+class Surrogate(eqx.Module):
+    """A per-sample policy loss, to be minimized."""
+
+    def init(self) -> PyTree:
+        """The surrogate's own state (an adaptive coefficient); empty unless it has one."""
+        return ()
+
+    @abc.abstractmethod
+    def __call__(
+        self, log_ratio: Float[Array, " B"], advantage: Float[Array, " B"], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, " B"]:
+        """Loss of each sample.
+
+        Args:
+            log_ratio: log-probability under the new policy minus that under the behaviour policy.
+            advantage: advantage estimates.
+            inputs: what else is known of each sample.
+            state: the surrogate's own state.
+        """
+
+    def adapt(self, state: PyTree, kl: Float[Array, ""]) -> PyTree:
+        """The next state, given the mean divergence that the last policy update reached."""
+        del kl
+        return state
+
+
+def _check(name: str, value: Any) -> None:
+    if not isinstance(value, Schedule):
+        require_number(name, value, above=0.0)
+
+
+class Clip(Surrogate):
+    """PPO's clipped ratio (Schulman et al., 2017, arXiv:1707.06347, equation 7)."""
+
+    epsilon: Float[Array, ""] | Schedule = scalar(0.2)
+
+    def __check_init__(self) -> None:
+        _check("epsilon", self.epsilon)
+
+    def __call__(
+        self, log_ratio: Float[Array, " B"], advantage: Float[Array, " B"], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, " B"]:
+        return objectives.clipped(log_ratio, advantage, self.epsilon)
+
+
+class Unclipped(Surrogate):
+    """The bare importance-weighted advantage, ``-r A``: a baseline that nothing holds back."""
+
+    def __call__(
+        self, log_ratio: Float[Array, " B"], advantage: Float[Array, " B"], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, " B"]:
+        return objectives.unclipped(log_ratio, advantage)
+
+
+class QuadraticRatio(Surrogate):
+    """SPO's quadratic penalty on the ratio (Xie et al., 2025, arXiv:2401.16025)."""
+
+    epsilon: Float[Array, ""] | Schedule = scalar(0.2)
+
+    def __check_init__(self) -> None:
+        _check("epsilon", self.epsilon)
+
+    def __call__(
+        self, log_ratio: Float[Array, " B"], advantage: Float[Array, " B"], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, " B"]:
+        return objectives.spo(log_ratio, advantage, self.epsilon)
+
+
+class FixedKL(Surrogate):
+    """A divergence penalty with a constant coefficient (arXiv:1707.06347, section 4)."""
+
+    beta: Float[Array, ""] | Schedule = scalar(1.0)
+
+    def __check_init__(self) -> None:
+        _check("beta", self.beta)
+
+    def __call__(
+        self, log_ratio: Float[Array, " B"], advantage: Float[Array, " B"], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, " B"]:
+        return objectives.kl_penalized(log_ratio, advantage, inputs.kl, self.beta)
+
+
+class AdaptiveKL(Surrogate):
+    """A divergence penalty that doubles or halves to stay near a target (arXiv:1707.06347, equation 8)."""
+
+    target: Float[Array, ""] | Schedule = scalar(0.01)
+    initial_beta: Float[Array, ""] = scalar(1.0)
+
+    def __check_init__(self) -> None:
+        _check("target", self.target)
+        _check("initial_beta", self.initial_beta)
+
+    def init(self) -> Float[Array, ""]:
+        return jnp.asarray(self.initial_beta)
+
+    def __call__(
+        self, log_ratio: Float[Array, " B"], advantage: Float[Array, " B"], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, " B"]:
+        return objectives.kl_penalized(log_ratio, advantage, inputs.kl, state)
+
+    def adapt(self, state: PyTree, kl: Float[Array, ""]) -> PyTree:
+        return objectives.adaptive_kl(state, kl, self.target)

@@ -1,0 +1,357 @@
+"""Rollouts and evaluation on environments that are stepped on the host, side by side for all members of a run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from steersman.envs.gymnasium_bridge import GymnasiumProblem, HostEnvironments, Transition
+from steersman.envs.gymnasium_worker import RECORDED_INFO, episode_seed
+from steersman.errors import InputError, require, require_count
+from steersman.policies import Policy
+from steersman.training.collect import EpisodeStatistics, count_nonfinite, episode_ends, where_done
+from steersman.training.experience import Experience
+
+
+class HostRollout(eqx.Module):
+    """``num_envs`` host environments for each of ``M`` members, ``num_steps`` steps each: :class:`Rollout`'s twin.
+
+    The members (seeds, hyperparameter settings) share one batch of ``M * N`` environments and one call of the
+    policies. The environments are divided into two halves: while one is stepped, the other's actions are computed.
+    The order is fixed and the random numbers belong to the environments, so that nothing depends on timing.
+
+    Attributes:
+        num_envs: environments ``N`` of each member.
+        num_steps: steps per batch ``T``.
+        overlap: False steps the halves one after the other, with the same results.
+    """
+
+    num_envs: int = eqx.field(static=True)
+    num_steps: int = eqx.field(static=True)
+    overlap: bool = eqx.field(static=True, default=True)
+
+    def __check_init__(self) -> None:
+        require_count("num_envs", self.num_envs)
+        require_count("num_steps", self.num_steps)
+
+    @property
+    def samples_per_iteration(self) -> int:
+        """Environment steps that one batch takes for each member."""
+        return self.num_envs * self.num_steps
+
+    def init(self, problem: GymnasiumProblem, policies: Policy, keys: Key[Array, " M"]) -> LiveRollout:
+        """Makes and resets the environments.
+
+        Args:
+            problem: what is stepped.
+            policies: a policy whose array leaves have a leading axis of members ``M``.
+            keys: all randomness of each member. A member's environments do not depend on how many members there are.
+        """
+        return LiveRollout(self, problem, policies, keys)
+
+
+class _Programs(NamedTuple):
+    """The compiled functions of one kind of policy."""
+
+    act: list[Callable[..., Any]]
+    assemble: Callable[..., Any]
+
+
+class LiveRollout:
+    """Running environments of all members, and where their policies stand. Made by :meth:`HostRollout.init`.
+
+    Use as a context manager, or call :meth:`close`.
+
+    Attributes:
+        rollout: the sizes.
+        environments: the live batch; its rows are ordered by half, then member, then environment.
+        samples: environment steps taken so far by each member ``[M]``.
+    """
+
+    def __init__(self, rollout: HostRollout, problem: GymnasiumProblem, policies: Policy, keys: Key[Array, " M"]):
+        require(keys.ndim == 1 and len(keys) > 0, "keys", keys.shape, "an array of one key for each member")
+        self.rollout, self.problem = rollout, problem
+        self._members = len(keys)
+        _require_members(policies, self._members)
+        reset_key, self._keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        seeds = [int(seed) for seed in np.asarray(jax.vmap(jax.random.bits)(reset_key))]
+        parts = 1 if problem.is_vector or rollout.num_envs == 1 else 2
+        bounds = [rollout.num_envs * part // parts for part in range(parts + 1)]
+        self._between = [slice(bounds[part], bounds[part + 1]) for part in range(parts)]
+        self._compiled: dict[Any, _Programs] = {}
+        self.samples = np.zeros(self._members, np.int64)
+        self.environments: HostEnvironments = problem.start(rollout.num_envs, seeds, parts=parts)
+        try:
+            self._observation = [self._rows(self.environments.reset(part), part) for part in range(parts)]
+            self._start_memory(policies)
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- shapes
+
+    def _rows(self, tree: PyTree, part: int) -> PyTree:
+        """Rows of a half as ``[M, n, ...]``."""
+        n = self._between[part].stop - self._between[part].start
+        return jax.tree.map(lambda leaf: leaf.reshape(self._members, n, *leaf.shape[1:]), tree)
+
+    def _start_memory(self, policies: Policy) -> None:
+        """Allocates, for each half, what the policies store on the device, and what arrives on the host."""
+        arrays, static = eqx.partition(policies, eqx.is_array)
+        members, steps, layout = self._members, self.rollout.num_steps, self.problem._layout
+
+        def one_act(arrays: PyTree, observation: PyTree, key: Key[Array, ""]) -> PyTree:
+            policy: Policy = eqx.combine(arrays, static)
+            carry = policy.init(key)
+            action, _, record = policy.act(observation, carry, key)
+            return carry, _Stored(observation, carry, action, record)
+
+        first = jax.tree.map(lambda leaf: leaf[0], (arrays, self._observation[0]))
+        shapes = jax.eval_shape(one_act, first[0], jax.tree.map(lambda leaf: leaf[0], first[1]), self._keys[0])
+        self._has_memory = bool(jax.tree.leaves(shapes[0]))
+        self._carry, self._stored, self._arrived, self._restart = [], [], [], []
+        for between in self._between:
+            n = between.stop - between.start
+            zeros = [
+                jax.tree.map(lambda s, lead=lead: jnp.zeros((*lead, *s.shape), s.dtype), shape)
+                for lead, shape in zip([(members, n), (steps, members, n)], shapes, strict=True)
+            ]
+            self._carry.append(zeros[0])
+            self._stored.append(zeros[1])
+            self._restart.append(np.ones((members, n), bool))
+            rows = members * n
+            reward = np.zeros((steps, rows, *layout.reward.shape), layout.reward.dtype)
+            flags = np.zeros((2, steps, rows), bool)
+            self._arrived.append(_Arrived(None, reward, flags[0], flags[1], {}))
+        reward_shape = layout.reward.shape
+        self._episode_return = jnp.zeros((members, self.rollout.num_envs, *reward_shape))
+        self._episode_length = jnp.zeros((members, self.rollout.num_envs), jnp.int32)
+
+    # ---- programs
+
+    def _programs(self, policies: Policy) -> tuple[PyTree, _Programs]:
+        _require_members(policies, self._members)
+        leaves, structure = jax.tree.flatten(policies)
+        arrays = [leaf if eqx.is_array(leaf) else None for leaf in leaves]
+        constants = tuple(None if eqx.is_array(leaf) else leaf for leaf in leaves)
+        kind = (structure, constants)
+        if kind not in self._compiled:
+
+            def policy_of(arrays: list[Any]) -> Policy:
+                merged = [c if a is None else a for a, c in zip(arrays, constants, strict=True)]
+                return jax.tree.unflatten(structure, merged)
+
+            act = [self._act_program(policy_of, between) for between in self._between]
+            self._compiled[kind] = _Programs(act, jax.jit(self._assemble))
+        return arrays, self._compiled[kind]
+
+    def _act_program(self, policy_of: Callable[[list[Any]], Policy], between: slice) -> Callable[..., Any]:
+        num_envs, has_memory = self.rollout.num_envs, self._has_memory
+
+        def member(arrays: list[Any], key: Key[Array, ""], t: Array, observation: PyTree, restart: Any, carry: PyTree):
+            policy = policy_of(arrays)
+            # All of a member's keys are drawn whichever half asks, so that they do not depend on the division.
+            keys = jax.random.split(jax.random.fold_in(key, t), (2, num_envs))[:, between]
+            if has_memory:
+                carry = where_done(restart, jax.vmap(policy.init)(keys[1]), carry)
+            action, next_carry, record = jax.vmap(policy.act)(observation, carry, keys[0])
+            return action, next_carry, _Stored(observation, carry, action, record)
+
+        # The stored batch is donated: each step writes its row in place.
+        def act(arrays: list[Any], keys: Key[Array, " M"], observation: PyTree, restart: Any, running: tuple):
+            t, carry, stored = running
+            in_axes = (0, 0, None, 0, 0, 0)
+            action, carry, row = jax.vmap(member, in_axes)(arrays, keys, t, observation, restart, carry)
+            stored = jax.tree.map(lambda batch, leaf: batch.at[t].set(leaf), stored, row)
+            return action, (t + 1, carry, stored)
+
+        return jax.jit(act, donate_argnums=4)
+
+    def _assemble(
+        self, stored: list[_Stored], arrived: list[_Arrived], episode_return: Array, episode_length: Array
+    ) -> tuple[Experience, EpisodeStatistics, Array, Array]:
+        """Joins the halves into ``[M, T, N, ...]`` and follows the episodes' returns and lengths."""
+        arrived = [
+            jax.tree.map(lambda leaf, s=s: leaf.reshape(leaf.shape[0], s, -1, *leaf.shape[2:]), part)
+            for s, part in zip([self._members] * len(arrived), arrived, strict=True)
+        ]
+
+        def join(*halves: Array) -> Array:
+            return jnp.moveaxis(jnp.concatenate(halves, axis=2), 1, 0)
+
+        kept: _Stored = jax.tree.map(join, *stored)
+        came: _Arrived = jax.tree.map(join, *arrived)
+        experience = Experience(
+            observation=kept.observation,
+            next_observation=came.final,
+            carry=kept.carry,
+            action=kept.action,
+            record=kept.record,
+            reward=came.reward,
+            terminated=came.terminated,
+            truncated=came.truncated,
+            extras=came.extras,
+        )
+
+        def follow(running: tuple[Array, Array], step: tuple[Array, Array]) -> tuple[tuple, tuple]:
+            (total, length), (reward, done) = running, step
+            total, length = total + reward, length + 1
+            zero = jnp.zeros_like(total)
+            ended = (where_done(done, total, zero), length * done)
+            return (where_done(done, zero, total), jnp.where(done, 0, length)), ended
+
+        def statistics(experience: Experience, total: Array, length: Array) -> tuple[EpisodeStatistics, Array, Array]:
+            done = jax.vmap(episode_ends)(experience.terminated, experience.truncated)
+            running, (returns, lengths) = jax.lax.scan(follow, (total, length), (experience.reward, done))
+            result = EpisodeStatistics(
+                episodes=jnp.sum(done),
+                return_sum=jnp.sum(returns, axis=(0, 1)),
+                length_sum=jnp.sum(lengths).astype(jnp.float32),
+                nonfinite_observations=count_nonfinite(experience.next_observation),
+                nonfinite_rewards=count_nonfinite(experience.reward),
+            )
+            return result, *running
+
+        return experience, *jax.vmap(statistics)(experience, episode_return, episode_length)
+
+    # ---- collecting
+
+    def collect(self, policies: Policy) -> tuple[Experience, EpisodeStatistics]:
+        """One batch for every member: experience with leaves ``[M, T, N, ...]``, and statistics ``[M]``."""
+        arrays, programs = self._programs(policies)
+        environments, parts, steps = self.environments, len(self._between), self.rollout.num_steps
+        batch_key, self._keys = jnp.moveaxis(jax.vmap(jax.random.split)(self._keys), 1, 0)
+        start = jnp.zeros((), jnp.int32)
+        running: list[Any] = [(start + 0, carry, kept) for carry, kept in zip(self._carry, self._stored, strict=True)]
+        action: list[Any] = [None] * parts
+
+        def act(part: int) -> None:
+            restart = self._restart[part] if self._has_memory else None
+            action[part], running[part] = programs.act[part](
+                arrays, batch_key, self._observation[part], restart, running[part]
+            )
+
+        def send(part: int) -> None:
+            rows = jax.tree.map(lambda leaf: _flat_rows(np.asarray(leaf)), action[part])
+            environments.step_async(rows, part)
+
+        def receive(part: int, t: int) -> None:
+            self._keep(environments.step_wait(part), part, t)
+
+        if parts == 1 or not self.rollout.overlap:
+            for t in range(steps):
+                for part in range(parts):
+                    act(part)
+                    send(part)
+                    receive(part, t)
+        elif environments.workers > 0:
+            # Both halves are always under way: the workers take up one where they finished the other, and its
+            # actions are computed meanwhile.
+            for part in range(parts):
+                act(part)
+                send(part)
+            for t in range(steps):
+                for part in range(parts):
+                    receive(part, t)
+                    if t + 1 < steps:
+                        act(part)
+                        send(part)
+        else:
+            # Stepping keeps this thread busy: the other half's actions are dispatched to JAX's threads before.
+            for part in range(parts):
+                act(part)
+            send(0)
+            for t in range(steps):
+                for part in range(parts):
+                    receive(part, t)
+                    if t + 1 < steps or part == 0:
+                        if t + 1 < steps:
+                            act(part)
+                        send(1 - part)
+        for part, (_, carry, kept) in enumerate(running):
+            self._carry[part], self._stored[part] = carry, kept
+        experience, statistics, *follow = programs.assemble(
+            self._stored, self._arrived, self._episode_return, self._episode_length
+        )
+        # The next batch overwrites what this one was assembled from.
+        self._episode_return, self._episode_length = jax.block_until_ready(follow)
+        jax.block_until_ready(experience)
+        self.samples = self.samples + self.rollout.samples_per_iteration
+        return experience, statistics
+
+    def _keep(self, transition: Transition, part: int, t: int) -> None:
+        arrived = self._arrived[part]
+        final = transition.info["final_observation"]
+        extras = {name: transition.info[name] for name in RECORDED_INFO if name in transition.info}
+        if arrived.final is None:
+            steps = self.rollout.num_steps
+            fresh = jax.tree.map(lambda leaf: np.zeros((steps, *leaf.shape), leaf.dtype), (final, extras))
+            arrived = self._arrived[part] = arrived._replace(final=fresh[0], extras=fresh[1])
+        rows = (final, transition.reward, transition.terminated, transition.truncated, extras)
+        for batch, leaf in zip(jax.tree.leaves(tuple(arrived)), jax.tree.leaves(rows), strict=True):
+            batch[t] = leaf
+        self._observation[part] = self._rows(transition.observation, part)
+        if self._has_memory:
+            self._restart[part] = self._rows(transition.terminated | transition.truncated, part)
+
+    # ---- resuming and ending
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """All that is needed to continue exactly with the same policies; see :meth:`HostEnvironments.snapshot`."""
+        kept = {f"environments/{name}": array for name, array in self.environments.snapshot().items()}
+        kept |= {
+            "keys": np.asarray(jax.random.key_data(self._keys)),
+            "episode_return": np.asarray(self._episode_return),
+            "episode_length": np.asarray(self._episode_length),
+            "samples": self.samples.copy(),
+        }
+        for part, (carry, restart) in enumerate(zip(self._carry, self._restart, strict=True)):
+            kept[f"restart/{part}"] = restart.copy()
+            for k, leaf in enumerate(jax.tree.leaves(carry)):
+                kept[f"carry/{part}/{k}"] = np.asarray(leaf)
+        return kept
+
+    def restore(self, snapshot: dict[str, np.ndarray]) -> None:
+        """Continues where `snapshot` was taken, from a rollout of the same sizes, problem and kind of policy.
+
+        Raises:
+            InputError: the snapshot is of another rollout.
+            RunError: the environment is not deterministic.
+        """
+        present = {name: array.shape for name, array in snapshot.items() if not name.startswith("environments/")}
+        own = {name: array.shape for name, array in self._own_state().items()}
+        if present != own:
+            wrong = sorted(name for name in {*present, *own} if present.get(name) != own.get(name))
+            raise InputError(
+                f"snapshot differs from this rollout in {', '.join(wrong)}, but it must be of a rollout with the same "
+                "sizes, problem and kind of policy."
+            )
+        prefix = "environments/"
+        self.environments.restore({k.removeprefix(prefix): v for k, v in snapshot.items() if k.startswith(prefix)})
+        self._keys = jax.random.wrap_key_data(jnp.asarray(snapshot["keys"]), impl=jax.random.key_impl(self._keys))
+        self._episode_return = jnp.array(snapshot["episode_return"])
+        self._episode_length = jnp.array(snapshot["episode_length"])
+        self.samples = np.array(snapshot["samples"])
+        for part in range(len(self._between)):
+            structure = jax.tree.structure(self._carry[part])
+            leaves = [jnp.array(snapshot[f"carry/{part}/{k}"]) for k in range(structure.num_leaves)]
+            self._carry[part] = jax.tree.unflatten(structure, leaves)
+            self._restart[part] = np.array(snapshot[f"restart/{part}"])
+            self._observation[part] = self._rows(self.environments.observation(part), part)
+
+    def close(self) -> None:
+        """Ends the environments."""
+        self.environments.close()
+
+    def __enter__(self) -> LiveRollout:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

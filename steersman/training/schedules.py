@@ -1,0 +1,62 @@
+"""Hyperparameters that change with the number of samples taken."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree, UInt32
+
+from steersman.errors import require_number
+
+T = TypeVar("T", bound=PyTree)
+
+
+def as_scalar(value: Any) -> Any:
+    """A continuous hyperparameter as an array leaf; schedules, None and arrays stay what they are."""
+    if value is None or isinstance(value, (Schedule, jax.Array)) or not isinstance(value, (int, float)):
+        return value
+    return jnp.asarray(value, jnp.result_type(float))
+
+
+def scalar(default: float | None) -> Any:
+    """A field for a continuous hyperparameter: an array leaf, so that it can be varied under ``vmap``."""
+    # The default goes through the converter when an instance is made, so importing touches no device.
+    return eqx.field(converter=as_scalar, default=default)
+
+
+class Schedule(eqx.Module):
+    """A hyperparameter as a function of the environment steps (or other samples) taken so far."""
+
+    @abc.abstractmethod
+    def __call__(self, samples: UInt32[Array, ""]) -> Float[Array, ""]:
+        """The value after `samples` samples."""
+
+
+class Linear(Schedule):
+    """From ``start`` to ``end`` over ``steps`` samples, constant afterwards."""
+
+    start: Float[Array, ""] = eqx.field(converter=as_scalar)
+    end: Float[Array, ""] = eqx.field(converter=as_scalar)
+    steps: Float[Array, ""] = eqx.field(converter=as_scalar)
+
+    def __check_init__(self) -> None:
+        require_number("start", self.start)
+        require_number("end", self.end)
+        require_number("steps", self.steps, above=0.0)
+
+    def __call__(self, samples: UInt32[Array, ""]) -> Float[Array, ""]:
+        fraction = jnp.clip(samples.astype(jnp.float32) / self.steps, 0.0, 1.0)
+        return self.start + (self.end - self.start) * fraction
+
+
+def resolve(tree: T, samples: UInt32[Array, ""]) -> T:
+    """`tree` with every schedule in it replaced by its value after `samples` samples."""
+
+    def value(leaf: Any) -> Any:
+        return leaf(samples) if isinstance(leaf, Schedule) else leaf
+
+    return jax.tree.map(value, tree, is_leaf=lambda leaf: isinstance(leaf, Schedule))
