@@ -117,7 +117,13 @@ _TRUST_REGION = {
         "steps": 1_000_000,
     },
 }
-_FIRST_ORDER = {"CartPole-v1": _CARTPOLE, "Pendulum-v1": _PENDULUM, "mujoco": _LOCOMOTION}
+_FIRST_ORDER = {
+    "CartPole-v1": _CARTPOLE,
+    "cartpole-discrete": _CARTPOLE,
+    "Pendulum-v1": _PENDULUM,
+    "pendulum-swingup": _PENDULUM,
+    "mujoco": _LOCOMOTION,
+}
 
 _SYSTEMS = [
     System(

@@ -273,7 +273,7 @@ class Compare:
         console = _console()
         console.print(table)
         for pair, value in summary["probability_of_improvement"].items():
-            probability = value["probability"] if isinstance(value, dict) else value
+            probability = value["value"] if isinstance(value, dict) else value
             console.print(f"P({pair}) = {probability:.2f}")
         console.print(f"report  {report.resolve()}", soft_wrap=True)
         return 0

@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jax.core import Tracer
 from jaxtyping import Array, Complex, Float
 
@@ -203,8 +204,10 @@ def discretize(A: Any, B: Any, dt: Any) -> tuple[Float[Array, "n n"], Float[Arra
     if _traced(arrays):
         return _hold(*arrays)
     require_number("dt", arrays[2], above=0.0)
-    discrete_a, discrete_b = _in_float64(_hold, arrays)
-    return jnp.asarray(discrete_a), jnp.asarray(discrete_b)
+    a, b, step = arrays
+    n, m = b.shape
+    power = scipy.linalg.expm(step * np.block([[a, b], [np.zeros((m, n + m))]]))
+    return jnp.asarray(power[:n, :n]), jnp.asarray(power[:n, n:])
 
 
 def _arrays(**given: Any) -> list[Any]:

@@ -101,12 +101,16 @@ class Environment(eqx.Module):
         return observation, choose(start_state, next_state), reward, terminated, truncated, info
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class _Spaces:
-    """A problem's spaces, held by identity: Gymnasium's spaces do not hash, and static parts of a PyTree must."""
+    """A problem's spaces, which do not hash by themselves, as the static parts of a PyTree must."""
 
     observation: gymnasium.Space
     action: gymnasium.Space
+
+    def __hash__(self) -> int:
+        # Equal spaces have equal kinds and shapes, which is enough for a hash.
+        return hash(tuple((type(s), s.shape, str(s.dtype)) for s in (self.observation, self.action)))
 
 
 class Problem(eqx.Module):
@@ -182,8 +186,8 @@ def as_problem(given: Any) -> Any:
 
     Accepts a name (see :func:`steersman.envs.make`), a :class:`Problem`, a gymnax-style environment, a pair
     ``(environment, params)``, a :class:`~steersman.envs.ControlProblem`, a Brax environment, a Gymnasium environment
-    or a function that makes one. An explicit decision process or a dataset, which algorithms without interaction
-    take, is returned as it is.
+    or a function that makes one. What says ``is_problem`` of itself (an explicit decision process, a dataset, which
+    algorithms without interaction take) is returned as it is.
 
     Raises:
         InputTypeError: nothing here knows how to step what was given.
@@ -192,7 +196,7 @@ def as_problem(given: Any) -> Any:
         from steersman.envs.registry import make
 
         return make(given)
-    if isinstance(given, Problem) or getattr(given, "on_host", False):
+    if isinstance(given, Problem) or getattr(given, "on_host", False) or getattr(given, "is_problem", False):
         return given
     if isinstance(given, tuple) and len(given) == 2 and hasattr(given[0], "step"):
         return Problem(given[0], given[1])
@@ -208,8 +212,6 @@ def as_problem(given: Any) -> Any:
         from steersman.envs.gymnasium_bridge import GymnasiumProblem
 
         return GymnasiumProblem(given)
-    if getattr(given, "is_problem", False):
-        return given
     raise InputTypeError(
         f"problem is a {type(given).__name__}, but it must be an environment's name, a gymnax-style or Brax "
         "environment, an (environment, params) pair, a ControlProblem, a Gymnasium environment or a function "

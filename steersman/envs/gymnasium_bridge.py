@@ -87,7 +87,7 @@ class GymnasiumProblem:
         elif isinstance(source, gymnasium.Env):
             if source.spec is None:
                 raise InputTypeError(
-                    f"source is a {type(source.unwrapped).__name__} without a spec, so no copies of it can be made, but "
+                    f"source is a {type(source.unwrapped).__name__} without a spec, so no copies of it can be made; "
                     "it must be an id, an environment from gymnasium.make, or a function that makes an environment."
                 )
             self.spec = self._maker = _specification(source.spec, options)
@@ -188,9 +188,24 @@ class GymnasiumProblem:
         return self._make_checked()
 
     @property
+    def num_vector_envs(self) -> int:
+        """How many environments the vector environment holds that this is; 0 if any number can be made."""
+        return self._vector.num_envs if self._vector is not None else 0
+
+    @property
     def is_vector(self) -> bool:
         """Whether the environments came as one vector environment, which steps them all at once."""
         return self._vector is not None
+
+    def delivered(self, observation: Any) -> PyTree:
+        """One observation as the environment gave it, with the types of :attr:`observation_space`."""
+        leaves = zip(leaves_of(self._host_observation, observation), self._layout.observation, strict=True)
+        return from_leaves(self._host_observation, iter([np.array(leaf, kind.dtype) for leaf, kind in leaves]))
+
+    def accepted(self, action: PyTree) -> Any:
+        """One action as a policy gave it, with the environment's own types."""
+        leaves = zip(leaves_of(self._host_action, action), self._layout.action, strict=True)
+        return from_leaves(self._host_action, iter([np.array(leaf, kind.dtype)[()] for leaf, kind in leaves]))
 
     def start(
         self, num_envs: int, seed: int | Sequence[int], *, parts: int = 1, workers: int | None = None
@@ -271,7 +286,7 @@ class HostEnvironments:
         bounds = [num_envs * part // parts for part in range(parts + 1)]
         numbers = [(s, n) for p in range(parts) for s in seeds for n in range(bounds[p], bounds[p + 1])]
         self._seed = np.array([s for s, _ in numbers], np.uint64)
-        self._index = np.array([n for _, n in numbers], np.int64)
+        self._number = np.array([n for _, n in numbers], np.int64)
         edges = [bound * len(seeds) for bound in bounds]
         self._rows = [range(edges[p], edges[p + 1]) for p in range(parts)]
         self._episode = np.zeros(self.num_envs, np.int64)
@@ -295,13 +310,13 @@ class HostEnvironments:
         problem = self.problem
         self._arrays = gymnasium_worker.make_arrays(problem._layout, self.num_envs)
         self._arrays.active[:] = True
-        shared = (self._arrays, self._seed, self._index, problem._recorded)
+        identity = (self._seed, self._number, problem._recorded)
         if problem._vector is not None:
-            self._backend = _Here(gymnasium_worker.SteppedTogether(problem._vector, *shared))
+            envs: Any = gymnasium_worker.SteppedTogether(problem._vector, self._arrays, *identity)
         else:
-            arrays, *identity = shared
-            everyone = range(self.num_envs)
-            self._backend = _Here(gymnasium_worker.SteppedOneByOne(problem._maker, arrays, everyone, *identity))
+            rows = range(self.num_envs)
+            envs = gymnasium_worker.SteppedOneByOne(problem._maker, self._arrays, rows, *identity)
+        self._backend = _Here(envs)
 
     def _start_workers(self, workers: int) -> None:
         problem = self.problem
@@ -420,7 +435,7 @@ class HostEnvironments:
                         chunk.append(leaf[len(past) - length[row] :, row - rows.start])
         kept = {
             "seed": self._seed.copy(),
-            "index": self._index.copy(),
+            "number": self._number.copy(),
             "episode": self._episode.copy(),
             "length": length,
             "digest": self._collect_digests(),
@@ -437,7 +452,7 @@ class HostEnvironments:
             RunError: an environment did not arrive at the same observation.
         """
         self._idle()
-        expected = {"seed", "index", "episode", "length", "digest"}
+        expected = {"seed", "number", "episode", "length", "digest"}
         expected |= {f"action/{k}" for k in range(len(self._arrays.action))}
         require(expected <= set(snapshot), "snapshot", sorted(snapshot), f"a dict with the entries {sorted(expected)}")
         rows = len(snapshot["seed"])
@@ -446,7 +461,8 @@ class HostEnvironments:
         for leaf, array in zip(action, self._arrays.action, strict=True):
             good = leaf.shape == (int(np.sum(snapshot["length"])), *array.shape[1:]) and leaf.dtype == array.dtype
             require(good, "snapshot", "with other actions", f"one of {self.problem.name}")
-        episodes = Episodes(*(np.array(snapshot[name]) for name in ("seed", "index", "episode", "length")), action)
+        seed, number, episode, length = (np.array(snapshot[k]) for k in ("seed", "number", "episode", "length"))
+        episodes = Episodes(seed, number, episode, length, action)
         reached = self._replay(episodes)
         wrong = int(np.sum(reached != snapshot["digest"]))
         if wrong:
@@ -454,7 +470,7 @@ class HostEnvironments:
                 f"{self.problem.name} is not deterministic ({wrong} of {rows} environments did not come back to the "
                 "same observation under the same seed and actions), so the run cannot be continued exactly."
             )
-        self._seed, self._index, self._episode = episodes.seed, episodes.index, episodes.episode
+        self._seed, self._number, self._episode = episodes.seed, episodes.number, episodes.episode
         start = np.cumsum(episodes.length) - episodes.length
         for part, rows in enumerate(self._rows):
             between = slice(rows.start, rows.stop)
@@ -587,7 +603,7 @@ class _Workers:
             for worker in range(workers):
                 share = [_share(rows, worker, workers) for rows in batch._rows]
                 program = cloudpickle.dumps(
-                    (problem._maker, leaves, batch.num_envs, share, batch._seed, batch._index, problem._recorded)
+                    (problem._maker, leaves, batch.num_envs, share, batch._seed, batch._number, problem._recorded)
                 )
                 here, there = context.Pipe()
                 assignment = {"connection": there, "memory": self.memory, "program": program}

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
 #: Entries of a step's ``info`` that are passed on. ``cost``, as safety benchmarks spell it, becomes ``costs``.
 RECORDED_INFO = ("costs", "duration", "params")
@@ -146,9 +147,9 @@ def recorded_leaves(info: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Any]
     return found
 
 
-def episode_seed(seed: int, index: int, episode: int) -> int:
+def episode_seed(seed: int, number: int, episode: int) -> int:
     """The seed of one episode's reset, in ``[0, 2^31)``, which every simulator accepts."""
-    return int(np.random.SeedSequence((seed, index, episode)).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence((seed, number, episode)).generate_state(1)[0] >> 1)
 
 
 def digest(leaves: Sequence[Any]) -> np.uint64:
@@ -176,9 +177,9 @@ def quiet_mujoco(entry_point: Any) -> Iterator[None]:
         mujoco.set_mju_user_warning(None)
 
 
-def make_environment(maker: gymnasium.envs.registration.EnvSpec | Callable[[], gymnasium.Env]) -> gymnasium.Env:
+def make_environment(maker: EnvSpec | Callable[[], gymnasium.Env]) -> gymnasium.Env:
     """One environment from its specification or from a function."""
-    if isinstance(maker, gymnasium.envs.registration.EnvSpec):
+    if isinstance(maker, EnvSpec):
         with quiet_mujoco(maker.entry_point):
             return gymnasium.make(maker, disable_env_checker=True)
     with quiet_mujoco(None):
@@ -190,14 +191,14 @@ class Episodes(NamedTuple):
 
     Attributes:
         seed: the user's seed ``[E]``.
-        index: number of the environment among those with this seed ``[E]``.
+        number: of the environment among those with this seed ``[E]``.
         episode: number of the running episode ``[E]``.
         length: steps taken in it ``[E]``.
         action: those steps' actions, environment after environment, one array per leaf ``[sum(length), ...]``.
     """
 
     seed: np.ndarray
-    index: np.ndarray
+    number: np.ndarray
     episode: np.ndarray
     length: np.ndarray
     action: list[np.ndarray]
@@ -212,11 +213,11 @@ class SteppedOneByOne:
         arrays: Arrays,
         rows: Sequence[int],
         seed: np.ndarray,
-        index: np.ndarray,
+        number: np.ndarray,
         recorded: Sequence[tuple[str, ...]],
     ):
         self.arrays = arrays
-        self.seed, self.index = seed, index
+        self.seed, self.number = seed, number
         self.episode = np.zeros(len(seed), np.int64)
         self.recorded = list(recorded)
         self.rows = list(rows)
@@ -275,7 +276,7 @@ class SteppedOneByOne:
             self._start(row)
 
     def _start(self, row: int) -> None:
-        seed = episode_seed(int(self.seed[row]), int(self.index[row]), int(self.episode[row]))
+        seed = episode_seed(int(self.seed[row]), int(self.number[row]), int(self.episode[row]))
         observation, _ = self.envs[row].reset(seed=seed)
         self.last[row] = observation
         self._write(self.arrays.observation, row, observation)
@@ -290,7 +291,7 @@ class SteppedOneByOne:
 
     def replay(self, episodes: Episodes) -> np.ndarray:
         """Resets as `episodes` says, repeats its actions, and returns the fingerprints that are reached."""
-        self.seed, self.index = episodes.seed.copy(), episodes.index.copy()
+        self.seed, self.number = episodes.seed.copy(), episodes.number.copy()
         self.episode = episodes.episode.copy()
         start = np.cumsum(episodes.length) - episodes.length
         nested = isinstance(self.action_space, (spaces.Dict, spaces.Tuple))
@@ -324,18 +325,19 @@ class SteppedTogether:
         env: gymnasium.vector.VectorEnv,
         arrays: Arrays,
         seed: np.ndarray,
-        index: np.ndarray,
+        number: np.ndarray,
         recorded: Sequence[tuple[str, ...]],
     ):
-        self.env, self.arrays = env, arrays
-        self.seed, self.index = seed, index
+        self.env: Any = env  # seeds of single environments are lists, which its annotation lacks
+        self.arrays = arrays
+        self.seed, self.number = seed, number
         self.episode = np.zeros(len(seed), np.int64)
         self.recorded = list(recorded)
         self.rows = list(range(len(seed)))
         self.last: list[Any] = []
 
     def _seeds(self) -> list[int]:
-        identities = zip(self.seed, self.index, self.episode, strict=True)
+        identities = zip(self.seed, self.number, self.episode, strict=True)
         return [episode_seed(int(s), int(i), int(e)) for s, i, e in identities]
 
     def _restart(self, mask: np.ndarray) -> None:
@@ -385,7 +387,7 @@ class SteppedTogether:
         All episodes are replayed towards the same end: the longest starts first, and an environment whose turn has
         not come is stepped with its first action and thrown away.
         """
-        self.seed, self.index = episodes.seed.copy(), episodes.index.copy()
+        self.seed, self.number = episodes.seed.copy(), episodes.number.copy()
         self.episode = episodes.episode.copy()
         longest = int(episodes.length.max())
         start = np.cumsum(episodes.length) - episodes.length
@@ -425,7 +427,7 @@ def serve(connection: Any, memory: Any, program: bytes) -> None:
     try:
         import cloudpickle
 
-        maker, leaves, num_envs, parts, seed, index, recorded = cloudpickle.loads(program)
+        maker, leaves, num_envs, parts, seed, number, recorded = cloudpickle.loads(program)
         observation, action, reward, side = ([Leaf(*leaf) for leaf in group] for group in leaves)
         layout = Layout(tuple(observation), tuple(action), reward[0], tuple(side))
     except Exception as error:
@@ -434,7 +436,7 @@ def serve(connection: Any, memory: Any, program: bytes) -> None:
     envs = None
     try:
         rows = [row for part in parts for row in part]
-        envs = SteppedOneByOne(maker, make_arrays(layout, num_envs, memory), rows, seed, index, recorded)
+        envs = SteppedOneByOne(maker, make_arrays(layout, num_envs, memory), rows, seed, number, recorded)
         connection.send_bytes(b"")
         while (request := _next_request(connection)) is not None:
             verb, part = request[:1], parts[request[1]]

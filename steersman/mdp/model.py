@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from gymnasium import spaces
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from steersman.envs import Environment
 from steersman.errors import InputError, InputTypeError, require, require_count, require_number
+
+Scalar = Float[Array, ""] | float
 
 #: How far from one a row of probabilities may sum, which covers rows that were normalized in single precision.
 ROW_TOLERANCE = 1e-6
@@ -107,12 +109,12 @@ class MDP(eqx.Module):
 
     def __init__(
         self,
-        transition: ArrayLike,
-        reward: ArrayLike,
-        discount: ArrayLike,
-        start: ArrayLike | None = None,
+        transition: Any,
+        reward: Any,
+        discount: Any,
+        start: Any = None,
     ):
-        """Checks the tables and brings the reward to ``[S, A]``.
+        """Checks the tables (arrays or nested sequences) and brings the reward to ``[S, A]``.
 
         Args:
             transition: ``P(s' | s, a)``, ``[S, A, S]``.
@@ -169,10 +171,10 @@ class MDP(eqx.Module):
     def replace(
         self,
         *,
-        transition: ArrayLike | None = None,
-        reward: ArrayLike | None = None,
-        discount: ArrayLike | None = None,
-        start: ArrayLike | None = None,
+        transition: Any = None,
+        reward: Any = None,
+        discount: Any = None,
+        start: Any = None,
     ) -> MDP:
         """The same model with some of its tables exchanged, checked like a new one."""
         return MDP(
@@ -217,8 +219,6 @@ class TabularEnvironment(Environment):
     geometric: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self) -> None:
-        if not isinstance(self.mdp, MDP):
-            raise InputTypeError(f"mdp is a {type(self.mdp).__name__}, but it must be an MDP.")
         if self.max_steps is not None:
             require_count("max_steps", self.max_steps)
 
@@ -257,9 +257,9 @@ def random_mdp(
     num_states: int,
     num_actions: int,
     *,
-    concentration: float = 1.0,
-    reward_std: float = 1.0,
-    discount: float = 0.9,
+    concentration: Scalar = 1.0,
+    reward_std: Scalar = 1.0,
+    discount: Scalar = 0.9,
 ) -> MDP:
     """A model whose transition rows are Dirichlet draws and whose rewards are centred normal draws.
 
@@ -288,8 +288,8 @@ def garnet(
     num_actions: int,
     branching: int,
     *,
-    reward_std: float = 1.0,
-    discount: float = 0.9,
+    reward_std: Scalar = 1.0,
+    discount: Scalar = 0.9,
 ) -> MDP:
     """A Garnet model (Archibald, McKinnon and Thomas, 1995): few successors of each pair, chosen at random.
 

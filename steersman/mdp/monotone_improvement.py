@@ -263,7 +263,7 @@ class MonotoneImprovement(IterativeAlgorithm):
     def __check_init__(self) -> None:
         require_number("tolerance", self.tolerance, at_least=0.0)
 
-    def init(self, problem: MDP, key: Key[Array, ""]) -> MonotoneState:
+    def init(self, problem: Any, key: Key[Array, ""]) -> MonotoneState:
         del key
         _require_model(problem)
         if self.initial is None:

@@ -48,7 +48,8 @@ def adaptive_kl(
             require(bool(ok(value)), argument, value, allowed)
     arrays = [a for a in (kl, beta, target, factor, multiplier) if not isinstance(a, (int, float, np.number))]
     xp: Any = array_namespace(arrays[0]) if arrays else np
-    kl = xp.asarray(kl)
-    if isinstance(beta, (int, float, np.number)):
-        beta = xp.asarray(beta, dtype=kl.dtype)
-    return xp.where(kl < target / factor, beta / multiplier, xp.where(kl > factor * target, beta * multiplier, beta))
+    # Numbers become arrays here, because where() of numbers alone would not take on the arrays' dtype.
+    reached: Any = xp.asarray(kl)
+    weight: Any = xp.asarray(beta, dtype=reached.dtype) if isinstance(beta, (int, float, np.number)) else beta
+    larger = xp.where(reached > factor * target, weight * multiplier, weight)
+    return xp.where(reached < target / factor, weight / multiplier, larger)

@@ -69,6 +69,9 @@ _DTYPES = {
     "complex64": "C64",
 }
 
+#: Levels of nesting that can be saved and read: more than a policy has, fewer than Python's stack holds.
+_DEEPEST = 64
+
 _KEY_KINDS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 #: Rooms whose module-level functions a file may name: those that hold mathematics, none that reads or writes.
@@ -95,7 +98,7 @@ class PolicyFileError(InputError):
 # ------------------------------------------------------------------------------------------------------------ saving
 
 
-def save_policy(policy: eqx.Module, folder: str | os.PathLike[str]) -> Path:
+def save_policy(policy: Any, folder: str | os.PathLike[str]) -> Path:
     """Writes a policy as ``policy.safetensors`` (arrays) and ``policy.json`` (everything else).
 
     Any PyTree of ``equinox.Module`` can be saved whose fields hold arrays, PRNG keys, numbers, strings, None, dtypes,
@@ -104,7 +107,7 @@ def save_policy(policy: eqx.Module, folder: str | os.PathLike[str]) -> Path:
     when it is read.
 
     Args:
-        policy: what to save.
+        policy: what to save, an ``equinox.Module``.
         folder: where to; made if it is not there.
 
     Returns:
@@ -116,10 +119,7 @@ def save_policy(policy: eqx.Module, folder: str | os.PathLike[str]) -> Path:
     if not isinstance(policy, eqx.Module):
         raise InputTypeError(f"policy is a {type(policy).__name__}, but it must be an equinox.Module.")
     encoder = _Encoder()
-    try:
-        tree = encoder.encode(policy, "policy")
-    except RecursionError:
-        raise InputTypeError("policy is nested too deeply to be saved, or contains itself.") from None
+    tree = encoder.encode(policy, "policy")
     data = safetensors.numpy.save(encoder.arrays)
     description: dict[str, Any] = {
         "format": FORMAT,
@@ -172,8 +172,17 @@ class _Encoder:
 
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
+        self._depth = 0
 
     def encode(self, value: Any, path: str) -> Any:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise InputTypeError(f"policy is nested more than {_DEEPEST} levels deep, or contains itself.")
+        node = self._encode(value, path)
+        self._depth -= 1
+        return node
+
+    def _encode(self, value: Any, path: str) -> Any:
         if value is None or type(value) in (bool, int, str):
             return value
         if type(value) is float:
@@ -342,13 +351,13 @@ def _function_name(value: Any) -> str | None:
 # ----------------------------------------------------------------------------------------------------------- loading
 
 
-def load_policy(folder: str | os.PathLike[str], trusted: Sequence[Any] = ()) -> Any:
+def load_policy(folder: str | os.PathLike[str], trusted: Sequence[Any] | type = ()) -> Any:
     """Reads what :func:`save_policy` wrote, without running any code from the files.
 
     Args:
         folder: the folder with ``policy.safetensors`` and ``policy.json``.
         trusted: your own classes (``equinox.Module`` or named tuples) and module-level functions that the policy may
-            be made of. Nothing outside Steersman, ``equinox.nn`` and JAX's array functions is used unless it is here.
+            be made of; one of them needs no tuple. Nothing outside Steersman, ``equinox.nn`` and JAX's array functions is used unless it is here.
 
     Returns:
         The policy, every array equal bit for bit.
@@ -360,19 +369,15 @@ def load_policy(folder: str | os.PathLike[str], trusted: Sequence[Any] = ()) -> 
     folder = Path(folder)
     known = _trusted_names(trusted)
     description = _read_description(folder / DESCRIPTION)
-    arrays = _read_arrays(folder / ARRAYS, description["arrays"])
-    decoder = _Decoder(folder, arrays, known)
-    try:
-        policy = decoder.decode(description["policy"], "policy")
-    except RecursionError:
-        raise PolicyFileError(f"{folder / DESCRIPTION} is nested too deeply to be a policy.") from None
+    arrays = _read_arrays(folder / ARRAYS, description.get("arrays"))
+    policy = _Decoder(folder, arrays, known).decode(description.get("policy"), "policy")
     if not isinstance(policy, eqx.Module):
         raise PolicyFileError(f"{folder / DESCRIPTION} holds a {type(policy).__name__}, but it must hold a policy.")
     return policy
 
 
-def _trusted_names(trusted: Sequence[Any]) -> dict[str, Any]:
-    known = {}
+def _trusted_names(trusted: Any) -> dict[str, Any]:
+    known: dict[str, Any] = {}
     for item in trusted if isinstance(trusted, (tuple, list)) else (trusted,):
         if isinstance(item, type) and (issubclass(item, eqx.Module) or _is_namedtuple(item)):
             known[_class_name(item)] = item
@@ -463,6 +468,7 @@ class _Decoder:
         self.file = folder / DESCRIPTION
         self.arrays = arrays
         self.trusted = trusted
+        self._depth = 0
 
     def error(self, path: str, what: str) -> PolicyFileError:
         return PolicyFileError(f"{self.file}: {path} {what}.")
@@ -487,7 +493,12 @@ class _Decoder:
         }
         if not isinstance(kind, str) or kind not in readers:
             raise self.error(path, f"is of the unknown kind {kind!r}")
-        return readers[kind](node, path)
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise PolicyFileError(f"{self.file} is nested more than {_DEEPEST} levels deep.")
+        value = readers[kind](node, path)
+        self._depth -= 1
+        return value
 
     def _get(self, node: dict[str, Any], name: str, kind: type[Any], path: str) -> Any:
         value = node.get(name)

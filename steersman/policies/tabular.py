@@ -39,7 +39,7 @@ class Tabular(Policy):
         require(self.table.ndim >= 1, "table", self.table, "an array with one row for each state")
 
     @classmethod
-    def greedy(cls, values: Float[Array, "S A"], start: int = 0, first_action: int = 0) -> Tabular:
+    def greedy(cls, values: Any, start: int = 0, first_action: int = 0) -> Tabular:
         """The action of the highest value in each state, the first of them where several are equal.
 
         Args:

@@ -27,9 +27,9 @@ class SurrogateInputs(NamedTuple):
         entropy: entropy of the new policy at each observation.
     """
 
-    kl: Float[Array, " B"]
-    log_prob: Float[Array, " B"]
-    entropy: Float[Array, " B"]
+    kl: Float[Array, "..."]
+    log_prob: Float[Array, "..."]
+    entropy: Float[Array, "..."]
 
 
 class Surrogate(eqx.Module):
@@ -41,8 +41,8 @@ class Surrogate(eqx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self, log_ratio: Float[Array, " B"], advantage: Float[Array, " B"], inputs: SurrogateInputs, state: PyTree
-    ) -> Float[Array, " B"]:
+        self, log_ratio: Float[Array, "..."], advantage: Float[Array, "..."], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, "..."]:
         """Loss of each sample.
 
         Args:
@@ -72,8 +72,8 @@ class Clip(Surrogate):
         _check("epsilon", self.epsilon)
 
     def __call__(
-        self, log_ratio: Float[Array, " B"], advantage: Float[Array, " B"], inputs: SurrogateInputs, state: PyTree
-    ) -> Float[Array, " B"]:
+        self, log_ratio: Float[Array, "..."], advantage: Float[Array, "..."], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, "..."]:
         return objectives.clipped(log_ratio, advantage, self.epsilon)
 
 
@@ -81,8 +81,8 @@ class Unclipped(Surrogate):
     """The bare importance-weighted advantage, ``-r A``: a baseline that nothing holds back."""
 
     def __call__(
-        self, log_ratio: Float[Array, " B"], advantage: Float[Array, " B"], inputs: SurrogateInputs, state: PyTree
-    ) -> Float[Array, " B"]:
+        self, log_ratio: Float[Array, "..."], advantage: Float[Array, "..."], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, "..."]:
         return objectives.unclipped(log_ratio, advantage)
 
 
@@ -95,8 +95,8 @@ class QuadraticRatio(Surrogate):
         _check("epsilon", self.epsilon)
 
     def __call__(
-        self, log_ratio: Float[Array, " B"], advantage: Float[Array, " B"], inputs: SurrogateInputs, state: PyTree
-    ) -> Float[Array, " B"]:
+        self, log_ratio: Float[Array, "..."], advantage: Float[Array, "..."], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, "..."]:
         return objectives.spo(log_ratio, advantage, self.epsilon)
 
 
@@ -109,8 +109,8 @@ class FixedKL(Surrogate):
         _check("beta", self.beta)
 
     def __call__(
-        self, log_ratio: Float[Array, " B"], advantage: Float[Array, " B"], inputs: SurrogateInputs, state: PyTree
-    ) -> Float[Array, " B"]:
+        self, log_ratio: Float[Array, "..."], advantage: Float[Array, "..."], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, "..."]:
         return objectives.kl_penalized(log_ratio, advantage, inputs.kl, self.beta)
 
 
@@ -128,8 +128,8 @@ class AdaptiveKL(Surrogate):
         return jnp.asarray(self.initial_beta)
 
     def __call__(
-        self, log_ratio: Float[Array, " B"], advantage: Float[Array, " B"], inputs: SurrogateInputs, state: PyTree
-    ) -> Float[Array, " B"]:
+        self, log_ratio: Float[Array, "..."], advantage: Float[Array, "..."], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, "..."]:
         return objectives.kl_penalized(log_ratio, advantage, inputs.kl, state)
 
     def adapt(self, state: PyTree, kl: Float[Array, ""]) -> PyTree:

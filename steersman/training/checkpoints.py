@@ -16,13 +16,24 @@ from jaxtyping import PyTree
 from steersman.errors import RunError
 
 
+def to_host(array: Any) -> np.ndarray:
+    """A host copy of an array, also of one that is spread over several processes."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
 def to_arrays(tree: PyTree) -> dict[str, np.ndarray]:
-    """The leaves of `tree` as numbered host arrays; typed random keys as their raw words."""
+    """The leaves of `tree` as numbered host arrays; typed random keys as their raw words, empty arrays left out."""
     arrays = {}
     for i, leaf in enumerate(jax.tree.leaves(tree)):
+        if leaf.size == 0:
+            continue
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        arrays[f"{i:05d}"] = np.asarray(leaf)
+        arrays[f"{i:05d}"] = to_host(leaf)
     return arrays
 
 
@@ -33,10 +44,17 @@ def from_arrays(template: PyTree, arrays: Mapping[str, np.ndarray], source: str)
         RunError: number, shape or dtype of the arrays is not what the template says.
     """
     leaves, structure = jax.tree.flatten(template)
-    if len(leaves) != len(arrays):
-        raise RunError(f"{source} holds {len(arrays)} arrays, but this run's state has {len(leaves)}.")
+    names = [f"{i:05d}" for i, leaf in enumerate(leaves) if leaf.size]
+    if set(names) != set(arrays):
+        raise RunError(
+            f"{source} holds {len(arrays)} arrays, but this run's state has {len(names)}; the configuration or the "
+            "version has changed."
+        )
     restored = []
     for i, leaf in enumerate(leaves):
+        if leaf.size == 0:
+            restored.append(jnp.zeros(leaf.shape, leaf.dtype))
+            continue
         array = arrays[f"{i:05d}"]
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         expected = jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
@@ -46,7 +64,9 @@ def from_arrays(template: PyTree, arrays: Mapping[str, np.ndarray], source: str)
                 f"{expected.dtype}{list(expected.shape)}; the configuration or the version has changed."
             )
         value = jnp.asarray(array)
-        restored.append(jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if is_key else value)
+        restored.append(
+            jax.random.wrap_key_data(value, impl=jax.random.key_impl(jnp.empty((), leaf.dtype))) if is_key else value
+        )
     return jax.tree.unflatten(structure, restored)
 
 
@@ -75,11 +95,20 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = folder
         self._ocp = ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Where several processes train one run, the first alone writes, and the others must not be waited for.
+        only = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=False, enable_async_checkpointing=False, multiprocessing_options=only
+        )
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def save(self, iteration: int, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         """Writes one checkpoint; `facts` must be JSON."""
+        if jax.process_index() != 0:
+            return
         args = self._ocp.args
         facts = {**facts, "digest": digest(arrays)}
         try:

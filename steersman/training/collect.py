@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt32
 
 from steersman.envs import Problem
-from steersman.errors import require_count
+from steersman.errors import InputError, require_count
 from steersman.policies import Policy
 from steersman.training.experience import Experience
 
@@ -87,7 +87,7 @@ def where_done(done: Bool[Array, " N"], start: PyTree, following: PyTree) -> PyT
     return jax.tree.map(choose, start, following)
 
 
-def episode_ends(terminated: Bool[Array, "N ..."], truncated: Bool[Array, " N"]) -> Bool[Array, " N"]:
+def episode_ends(terminated: Bool[Array, "..."], truncated: Bool[Array, "..."]) -> Bool[Array, "..."]:
     """Where an environment started a new episode: truncated, or terminated for any of its agents."""
     return jnp.logical_or(terminated.reshape((*truncated.shape, -1)).any(axis=-1), truncated)
 
@@ -138,6 +138,12 @@ class Rollout(Collector):
             env_state, observation, carry, episode_return, episode_length = running
             action, next_carry, record = jax.vmap(policy.act)(observation, carry, keys[0])
             following, env_state, reward, terminated, truncated, info = problem.step(keys[1], env_state, action)
+            if "final_observation" not in info:
+                raise InputError(
+                    f"{problem.name} gives no info['final_observation'], so values cannot be bootstrapped where an "
+                    "episode is truncated; return the observation from before the restart under that name."
+                )
+            reward = jnp.asarray(reward, jnp.result_type(float))  # integer rewards would overflow in sums
             done = episode_ends(terminated, truncated)
             episode_return = episode_return + reward
             episode_length = episode_length + 1

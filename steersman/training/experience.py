@@ -31,12 +31,12 @@ class Experience(eqx.Module):
     carry: PyTree
     action: PyTree
     record: PyTree
-    reward: Float[Array, "T N ..."]
-    terminated: Bool[Array, "T N ..."]
-    truncated: Bool[Array, "T N"]
+    reward: Float[Array, "..."]
+    terminated: Bool[Array, "..."]
+    truncated: Bool[Array, "..."]
     extras: dict[str, Any]
 
     @property
-    def done(self) -> Bool[Array, "T N ..."]:
+    def done(self) -> Bool[Array, "..."]:
         """Where an episode ended, for whichever reason."""
         return jnp.logical_or(self.terminated, self.truncated)

@@ -150,8 +150,8 @@ def learning_curves(
         shown = np.flatnonzero(~np.isnan(band.value))
         if shown.size:
             ends[name] = float(band.value[shown[-1]])
-    last = max((float(np.max(x)) for x, _ in curves.values() if len(x)), default=1.0)
-    axes.set_xlim(min(0.0, *(float(np.min(x)) for x, _ in curves.values() if len(x))), last if last > 0 else 1.0)
+    positions = np.concatenate([np.zeros(1), *(np.asarray(x, dtype=np.float64) for x, _ in curves.values())])
+    axes.set_xlim(positions.min(), positions.max() if positions.max() > 0 else 1.0)
     _count_axis(axes, "x", x_label, size)
     _count_axis(axes, "y", y_label, size)
     axes.grid(axis="y", color=LIGHT["grid"], linewidth=0.8)

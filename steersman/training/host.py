@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,41 @@ from steersman.errors import InputError, require, require_count
 from steersman.policies import Policy
 from steersman.training.collect import EpisodeStatistics, count_nonfinite, episode_ends, where_done
 from steersman.training.experience import Experience
+
+
+class _Stored(NamedTuple):
+    """What a half's policies write on the device as they act, ``[T, M, n, ...]``."""
+
+    observation: PyTree
+    carry: PyTree
+    action: PyTree
+    record: PyTree
+
+
+class _Arrived(NamedTuple):
+    """What a half's environments answer, on the host, ``[T, M * n, ...]``."""
+
+    final: PyTree
+    reward: Any
+    terminated: Any
+    truncated: Any
+    extras: dict[str, Any]
+
+
+class _Programs(NamedTuple):
+    """The compiled functions of one kind of policy."""
+
+    act: list[Callable[..., Any]]
+    assemble: Callable[..., Any]
+
+
+def _require_members(policies: PyTree, members: int) -> None:
+    for leaf in jax.tree.leaves(eqx.filter(policies, eqx.is_array)):
+        if leaf.ndim == 0 or leaf.shape[0] != members:
+            raise InputError(
+                f"policies has a leaf of shape {leaf.shape}, but each must have a leading axis of {members}, one entry "
+                "for each key."
+            )
 
 
 class HostRollout(eqx.Module):
@@ -57,13 +93,6 @@ class HostRollout(eqx.Module):
         return LiveRollout(self, problem, policies, keys)
 
 
-class _Programs(NamedTuple):
-    """The compiled functions of one kind of policy."""
-
-    act: list[Callable[..., Any]]
-    assemble: Callable[..., Any]
-
-
 class LiveRollout:
     """Running environments of all members, and where their policies stand. Made by :meth:`HostRollout.init`.
 
@@ -86,6 +115,7 @@ class LiveRollout:
         bounds = [rollout.num_envs * part // parts for part in range(parts + 1)]
         self._between = [slice(bounds[part], bounds[part + 1]) for part in range(parts)]
         self._compiled: dict[Any, _Programs] = {}
+        self._draw_keys = jax.jit(self._draw)
         self.samples = np.zeros(self._members, np.int64)
         self.environments: HostEnvironments = problem.start(rollout.num_envs, seeds, parts=parts)
         try:
@@ -136,6 +166,11 @@ class LiveRollout:
 
     # ---- programs
 
+    def _draw(self, keys: Key[Array, " M"]) -> tuple[Key[Array, " M"], Key[Array, "M T 2 N"]]:
+        following, batch = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        shape = (self.rollout.num_steps, 2, self.rollout.num_envs)
+        return following, jax.vmap(lambda key: jax.random.split(key, shape))(batch)
+
     def _programs(self, policies: Policy) -> tuple[PyTree, _Programs]:
         _require_members(policies, self._members)
         leaves, structure = jax.tree.flatten(policies)
@@ -153,19 +188,17 @@ class LiveRollout:
         return arrays, self._compiled[kind]
 
     def _act_program(self, policy_of: Callable[[list[Any]], Policy], between: slice) -> Callable[..., Any]:
-        num_envs, has_memory = self.rollout.num_envs, self._has_memory
+        has_memory = self._has_memory
 
-        def member(arrays: list[Any], key: Key[Array, ""], t: Array, observation: PyTree, restart: Any, carry: PyTree):
-            policy = policy_of(arrays)
-            # All of a member's keys are drawn whichever half asks, so that they do not depend on the division.
-            keys = jax.random.split(jax.random.fold_in(key, t), (2, num_envs))[:, between]
+        def member(arrays: list[Any], keys: Array, t: Array, observation: PyTree, restart: Any, carry: PyTree):
+            policy, keys = policy_of(arrays), keys[t, :, between]
             if has_memory:
                 carry = where_done(restart, jax.vmap(policy.init)(keys[1]), carry)
             action, next_carry, record = jax.vmap(policy.act)(observation, carry, keys[0])
             return action, next_carry, _Stored(observation, carry, action, record)
 
         # The stored batch is donated: each step writes its row in place.
-        def act(arrays: list[Any], keys: Key[Array, " M"], observation: PyTree, restart: Any, running: tuple):
+        def act(arrays: list[Any], keys: Key[Array, "M T 2 N"], observation: PyTree, restart: Any, running: tuple):
             t, carry, stored = running
             in_axes = (0, 0, None, 0, 0, 0)
             action, carry, row = jax.vmap(member, in_axes)(arrays, keys, t, observation, restart, carry)
@@ -227,7 +260,8 @@ class LiveRollout:
         """One batch for every member: experience with leaves ``[M, T, N, ...]``, and statistics ``[M]``."""
         arrays, programs = self._programs(policies)
         environments, parts, steps = self.environments, len(self._between), self.rollout.num_steps
-        batch_key, self._keys = jnp.moveaxis(jax.vmap(jax.random.split)(self._keys), 1, 0)
+        # All keys of a batch come from one call: drawn step by step they would cost a third of acting.
+        self._keys, keys = self._draw_keys(self._keys)
         start = jnp.zeros((), jnp.int32)
         running: list[Any] = [(start + 0, carry, kept) for carry, kept in zip(self._carry, self._stored, strict=True)]
         action: list[Any] = [None] * parts
@@ -235,11 +269,11 @@ class LiveRollout:
         def act(part: int) -> None:
             restart = self._restart[part] if self._has_memory else None
             action[part], running[part] = programs.act[part](
-                arrays, batch_key, self._observation[part], restart, running[part]
+                arrays, keys, self._observation[part], restart, running[part]
             )
 
         def send(part: int) -> None:
-            rows = jax.tree.map(lambda leaf: _flat_rows(np.asarray(leaf)), action[part])
+            rows = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), action[part])
             environments.step_async(rows, part)
 
         def receive(part: int, t: int) -> None:
@@ -305,8 +339,11 @@ class LiveRollout:
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """All that is needed to continue exactly with the same policies; see :meth:`HostEnvironments.snapshot`."""
-        kept = {f"environments/{name}": array for name, array in self.environments.snapshot().items()}
-        kept |= {
+        environments = self.environments.snapshot()
+        return self._own_state() | {f"environments/{name}": array for name, array in environments.items()}
+
+    def _own_state(self) -> dict[str, np.ndarray]:
+        kept = {
             "keys": np.asarray(jax.random.key_data(self._keys)),
             "episode_return": np.asarray(self._episode_return),
             "episode_length": np.asarray(self._episode_length),
@@ -315,7 +352,7 @@ class LiveRollout:
         for part, (carry, restart) in enumerate(zip(self._carry, self._restart, strict=True)):
             kept[f"restart/{part}"] = restart.copy()
             for k, leaf in enumerate(jax.tree.leaves(carry)):
-                kept[f"carry/{part}/{k}"] = np.asarray(leaf)
+                kept[f"carry/{part}/{k}"] = np.array(leaf)
         return kept
 
     def restore(self, snapshot: dict[str, np.ndarray]) -> None:
@@ -355,3 +392,135 @@ class LiveRollout:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@eqx.filter_jit
+def _act(
+    policy: Policy, observation: PyTree, carry: PyTree, restart: Any, key: Key[Array, ""], t: Any
+) -> tuple[PyTree, PyTree]:
+    keys = jax.random.split(jax.random.fold_in(key, t), (2, len(restart)))
+    if jax.tree.leaves(carry):
+        carry = where_done(restart, jax.vmap(policy.init)(keys[1]), carry)
+    return jax.vmap(policy)(observation, carry, keys[0])
+
+
+def _memory(policy: Policy, count: int) -> PyTree:
+    shapes = eqx.filter_eval_shape(policy.init, jax.random.key(0))
+    return jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), shapes)
+
+
+def host_episodes(
+    problem: GymnasiumProblem, policy: Policy, num_episodes: int, seed: int, max_steps: int | None = None
+) -> tuple[Float[np.ndarray, "E ..."], Int[np.ndarray, " E"]]:
+    """Plays whole episodes, all of them side by side.
+
+    Args:
+        problem: what is stepped.
+        policy: one policy (without member axis); give its ``mode()`` to evaluate without exploration.
+        num_episodes: how many episodes ``E``.
+        seed: randomness of the episodes and of the policy.
+        max_steps: where an episode is cut if the environment does not end it.
+
+    Returns:
+        Undiscounted returns ``[E]`` (with a trailing axis for vector rewards) and lengths ``[E]``.
+    """
+    require_count("num_episodes", num_episodes)
+    require_count("seed", seed, 0)
+    if max_steps is not None:
+        require_count("max_steps", max_steps)
+    batch = problem.num_vector_envs or num_episodes
+    quota = (num_episodes - np.arange(batch) + batch - 1) // batch
+    # A process takes longer to start than most evaluations take.
+    workers = 0 if problem.workers is None else problem.workers
+    key, carry = jax.random.key(seed), _memory(policy, batch)
+    returns, lengths = [np.zeros(0)] * num_episodes, np.zeros(num_episodes, np.int64)
+    played, length, restart = np.zeros(batch, np.int64), np.zeros(batch, np.int64), np.ones(batch, bool)
+    total: Any = 0.0
+    with problem.start(batch, seed, workers=workers) as environments:
+        observation = environments.reset()
+        t = 0
+        while (played < quota).any():
+            action, carry = _act(policy, observation, carry, restart, key, np.int32(t))
+            observation, reward, terminated, truncated, _ = environments.step(jax.tree.map(np.asarray, action))
+            total, length, t = total + reward.astype(np.float64), length + 1, t + 1
+            restart = np.logical_or(terminated, truncated)
+            over = np.logical_and(restart if max_steps is None else restart | (length >= max_steps), played < quota)
+            for row in np.flatnonzero(over):
+                episode = int(row + batch * played[row])
+                returns[episode], lengths[episode] = total[row].copy(), length[row]
+            played += over
+            if np.any(over & ~restart & (played < quota)):
+                raise InputError(
+                    f"max_steps is {max_steps}, but {problem.name}, a vector environment of {batch}, cannot start "
+                    f"anew before an episode has ended; ask for at most {batch} episodes."
+                )
+            total[restart], length[restart] = 0.0, 0
+            if not problem.is_vector:
+                environments.retire(played >= quota)
+    return np.stack(returns), lengths
+
+
+def record_host_episode(problem: GymnasiumProblem, policy: Policy, seed: int, max_steps: int = 1_000) -> dict[str, Any]:
+    """Plays one episode, the first that :func:`host_episodes` would play, and keeps what a picture of it needs.
+
+    Returns:
+        ``observations``, ``actions`` and ``rewards`` with a leading time axis; ``states``, a dict of ``qpos`` and
+        ``qvel`` for a MuJoCo simulation and an empty one otherwise; and ``frames``, RGB arrays of the same moments as
+        the observations, or None where the environment cannot draw itself.
+    """
+    require_count("seed", seed, 0)
+    require_count("max_steps", max_steps)
+    key, carry, restart = jax.random.key(seed), _memory(policy, 1), np.ones(1, bool)
+    rows: list[tuple[PyTree, PyTree, Any, PyTree]] = []
+    env = _make_drawable(problem)
+    try:
+        observation, _ = env.reset(seed=episode_seed(seed, 0, 0))
+        frames: list[np.ndarray] | None = [] if env.render_mode == "rgb_array" else None
+        for t in range(max_steps):
+            if frames is not None:
+                frames.append(np.asarray(env.render()))
+            seen, state = problem.delivered(observation), _mujoco_state(env)
+            batch = jax.tree.map(lambda leaf: leaf[None], seen)
+            action, carry = _act(policy, batch, carry, restart, key, np.int32(t))
+            action = jax.tree.map(lambda leaf: np.asarray(leaf)[0], action)
+            observation, reward, terminated, truncated, _ = env.step(problem.accepted(action))
+            rows.append((seen, action, np.asarray(reward, np.float32), state))
+            restart = np.zeros(1, bool)
+            if terminated or truncated:
+                break
+    finally:
+        env.close()
+    seen, actions, rewards, states = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    return {"states": states, "observations": seen, "actions": actions, "rewards": rewards, "frames": frames}
+
+
+def host_episode_frames(
+    problem: GymnasiumProblem, policy: Policy, seed: int, max_steps: int = 1_000
+) -> list[np.ndarray] | None:
+    """One episode as RGB frames, or None where the environment cannot draw itself (without OpenGL, say)."""
+    return record_host_episode(problem, policy, seed, max_steps)["frames"]
+
+
+def _make_drawable(problem: GymnasiumProblem) -> gymnasium.Env:
+    """An environment that renders arrays if there is one; drawing is tried, since it can fail in any library."""
+    if problem.spec is None or problem.spec.kwargs.get("render_mode") is not None:
+        return problem.make()
+    try:
+        env = problem.make(render_mode="rgb_array")
+    except Exception:
+        return problem.make()
+    try:
+        env.reset(seed=0)
+        env.render()
+    except Exception:
+        with contextlib.suppress(Exception):
+            env.close()
+        return problem.make()
+    return env
+
+
+def _mujoco_state(env: gymnasium.Env) -> dict[str, np.ndarray]:
+    data = getattr(env.unwrapped, "data", None)
+    if not (hasattr(data, "qpos") and hasattr(data, "qvel")):
+        return {}
+    return {"qpos": np.array(data.qpos), "qvel": np.array(data.qvel)}  # pyright: ignore

@@ -13,13 +13,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
 from steersman.envs import as_problem
 from steersman.errors import InputError, InputTypeError, NonFiniteError, RunError, require, require_count, unknown_name
 from steersman.policies import Policy
 from steersman.training.algorithm import Algorithm, InteractiveAlgorithm, IterativeAlgorithm
-from steersman.training.checkpoints import from_arrays, to_arrays
+from steersman.training.checkpoints import from_arrays, to_arrays, to_host
 from steersman.training.collect import EpisodeStatistics
 from steersman.training.progress import Progress
 from steersman.training.runs import Run
@@ -122,6 +123,8 @@ def train(
         RunError: the run folder cannot be used.
     """
     problem = as_problem(problem)
+    if isinstance(algorithm, InteractiveAlgorithm) and callable(getattr(problem, "environment", None)):
+        problem = as_problem(problem.environment())  # an explicit decision process, to be learned by interaction
     members = _members(algorithm, seeds, sweep)
     total = _iterations(algorithm, steps, iterations)
     require(chunk_seconds > 0, "chunk_seconds", chunk_seconds, "above 0")
@@ -129,12 +132,12 @@ def train(
     folder: Run | None = None
     done, warnings = 0, []
     rows: list[dict[str, np.ndarray]] = []
-    if run is not None:
-        path = Path(run)
-        if resume:
-            folder, _ = Run.open(path)
-        else:
-            folder = Run.create(path, {**(config or {}), "members": [vars(m) for m in members]})
+    if run is None:
+        require(not resume, "resume", resume, "False where there is no run folder")
+    elif resume:
+        folder = Run.open(Path(run))[0]
+    else:
+        folder = Run.create(Path(run), {**(config or {}), "members": [vars(m) for m in members]})
     try:
         if folder is not None and resume:
             done, warnings = _restore(runner, folder, members)
@@ -159,8 +162,7 @@ def train(
                     folder.write_metrics(done, table)
                 done += size
                 if folder is not None:
-                    facts = {"iteration": done, "members": [vars(m) for m in members]}
-                    folder.checkpoints.save(done, runner.snapshot(), facts)
+                    folder.checkpoints.save(done, runner.snapshot(), {"members": [vars(m) for m in members]})
                 if on_chunk is not None:
                     on_chunk(done, runner.state)
                 reporter.advance(size, metrics)
@@ -336,6 +338,58 @@ def summarize(statistics: EpisodeStatistics) -> dict[str, Array]:
     }
 
 
+def _over_members(function: Callable, algorithm: Algorithm, axes: PyTree, *arguments: PyTree) -> PyTree:
+    """``function(algorithm, *arguments)`` for each member, whose axis leads every argument and output."""
+    # A single member runs without that axis: a batch of one costs CPU matrix products a third.
+    if jax.tree.leaves(arguments)[0].shape[0] == 1:
+        algorithm = jax.tree.map(lambda leaf, axis: leaf[0] if axis == 0 else leaf, algorithm, axes)
+        outputs = function(algorithm, *jax.tree.map(lambda leaf: leaf[0], arguments))
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], outputs)
+    return eqx.filter_vmap(function, in_axes=(axes, *(0 for _ in arguments)))(algorithm, *arguments)
+
+
+# Both functions live at module level and take all they use as arguments, so that what was compiled for one call of
+# `train` serves every later one whose shapes and static hyperparameters are the same.
+@eqx.filter_jit
+def _first_carry(algorithm: Algorithm, axes: PyTree, problem: Any, keys: Key[Array, " M"]) -> PyTree:
+    def one(algorithm: Any, key: Key[Array, ""]) -> PyTree:
+        if not isinstance(algorithm, InteractiveAlgorithm):
+            return algorithm.init(problem, key)
+        state_key, rollout_key = jax.random.split(key)
+        state = algorithm.init(problem, state_key)
+        return state, algorithm.collector.init(problem, algorithm.behaviour(state), rollout_key)
+
+    return _over_members(one, algorithm, axes, keys)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _run_chunk(fixed: tuple[Algorithm, PyTree, Any, Array], carry: PyTree) -> tuple[PyTree, dict[str, Array]]:
+    algorithm, axes, problem, size = fixed
+
+    def one(algorithm: Any, carry: PyTree) -> tuple[PyTree, dict[str, Array]]:
+        if not isinstance(algorithm, InteractiveAlgorithm):
+            return algorithm.step(problem, carry)
+        state, rollout = carry
+        experience, rollout, statistics = algorithm.collector.collect(problem, algorithm.behaviour(state), rollout)
+        state, metrics = algorithm.update(state, experience)
+        return (state, rollout), {**summarize(statistics), **metrics}
+
+    def iteration(carry: PyTree) -> tuple[PyTree, dict[str, Array]]:
+        return _over_members(one, algorithm, axes, carry)
+
+    shapes = jax.eval_shape(iteration, carry)[1]
+    buffers = jax.tree.map(lambda s: jnp.zeros((_CHUNK_CAPACITY, *s.shape), s.dtype), shapes)
+
+    def body(i: Array, running: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        carry, buffers = running
+        carry, metrics = iteration(carry)
+        return carry, jax.tree.map(lambda b, m: b.at[i].set(m), buffers, metrics)
+
+    # The number of iterations is data, so one compiled program serves chunks of every size, and where chunks begin
+    # and end cannot change a single bit of the result.
+    return jax.lax.fori_loop(0, size, body, (carry, buffers))
+
+
 class _DeviceRunner(_Runner):
     """Everything, the environment included, runs inside one compiled chunk."""
 
@@ -345,95 +399,35 @@ class _DeviceRunner(_Runner):
         super().__init__(algorithm, problem, members)
         interactive = isinstance(algorithm, InteractiveAlgorithm)
         self.samples_per_iteration = algorithm.collector.samples_per_iteration if interactive else 1
-        self._problem_arrays, self._problem_static = eqx.partition(problem, eqx.is_array)
-        self._stacked_arrays, self._stacked_static = eqx.partition(self.stacked, eqx.is_array)
-        self._sharding = _sharding(algorithm, len(members), devices)
-        self._chunk = jax.jit(self._run_chunk, donate_argnums=(0,))
-
-    def _vmapped(self, function: Callable, algorithm: Algorithm, *arguments: PyTree) -> PyTree:
-        # A single member runs without the member axis: a batch of one costs CPU matrix products a third.
-        if len(self.members) == 1:
-            algorithm = jax.tree.map(lambda leaf, axis: leaf[0] if axis == 0 else leaf, algorithm, self.axes)
-            outputs = function(algorithm, *jax.tree.map(lambda leaf: leaf[0], arguments))
-            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], outputs)
-        return eqx.filter_vmap(function, in_axes=(self.axes, *(0 for _ in arguments)))(algorithm, *arguments)
-
-    def _init(self, stacked_arrays: PyTree, problem_arrays: PyTree, keys: Key[Array, " M"]) -> PyTree:
-        problem = eqx.combine(problem_arrays, self._problem_static)
-        stacked = eqx.combine(stacked_arrays, self._stacked_static)
-
-        def one(algorithm: Any, key: Key[Array, ""]) -> PyTree:
-            if not isinstance(algorithm, InteractiveAlgorithm):
-                return algorithm.init(problem, key)
-            state_key, rollout_key = jax.random.split(key)
-            state = algorithm.init(problem, state_key)
-            return state, algorithm.collector.init(problem, algorithm.behaviour(state), rollout_key)
-
-        return self._vmapped(one, stacked, keys)
-
-    def _iteration(self, algorithm: Any, carry: PyTree, problem: Any) -> tuple[PyTree, dict[str, Array]]:
-        if not isinstance(algorithm, InteractiveAlgorithm):
-            return algorithm.step(problem, carry)
-        state, rollout = carry
-        experience, rollout, statistics = algorithm.collector.collect(problem, algorithm.behaviour(state), rollout)
-        state, metrics = algorithm.update(state, experience)
-        return (state, rollout), {**summarize(statistics), **metrics}
-
-    def _run_chunk(
-        self, carry: PyTree, size: Array, stacked_arrays: PyTree, problem_arrays: PyTree
-    ) -> tuple[PyTree, dict[str, Array]]:
-        problem = eqx.combine(problem_arrays, self._problem_static)
-        stacked = eqx.combine(stacked_arrays, self._stacked_static)
-
-        def iteration(carry: PyTree) -> tuple[PyTree, dict[str, Array]]:
-            return self._vmapped(lambda a, c: self._iteration(a, c, problem), stacked, carry)
-
-        shapes = jax.eval_shape(iteration, carry)[1]
-        buffers = jax.tree.map(lambda s: jnp.zeros((self.capacity, *s.shape), s.dtype), shapes)
-
-        def body(i: Array, running: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            carry, buffers = running
-            carry, metrics = iteration(carry)
-            return carry, jax.tree.map(lambda b, m: b.at[i].set(m), buffers, metrics)
-
-        # The number of iterations is data, so one compiled program serves chunks of every size, and where chunks
-        # begin and end cannot change a single bit of the result.
-        return jax.lax.fori_loop(0, size, body, (carry, buffers))
+        self._place = _placement(algorithm, len(members), devices)
 
     @property
     def state(self) -> PyTree:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._carry[0] if isinstance(self.algorithm, InteractiveAlgorithm) else self._carry
 
     def start(self) -> None:
-        init = jax.jit(self._init)
-        self._carry = self._place(init(self._stacked_arrays, self._problem_arrays, self.keys))
+        self._carry = self._place(_first_carry(self.stacked, self.axes, self.problem, self.keys))
 
     def advance(self, size: int) -> dict[str, np.ndarray]:
-        self._carry, buffers = self._chunk(
-            self._carry, jnp.asarray(size, jnp.int32), self._stacked_arrays, self._problem_arrays
-        )
-        return {name: np.asarray(value)[:size] for name, value in buffers.items()}
+        fixed = (self.stacked, self.axes, self.problem, jnp.asarray(size, jnp.int32))
+        self._carry, buffers = _run_chunk(fixed, self._carry)
+        return {name: to_host(value)[:size] for name, value in buffers.items()}
 
     def snapshot(self) -> dict[str, np.ndarray]:
         return to_arrays(self._carry)
 
     def restore(self, arrays: dict[str, np.ndarray], source: str) -> None:
-        template = jax.eval_shape(self._init, self._stacked_arrays, self._problem_arrays, self.keys)
+        template = eqx.filter_eval_shape(_first_carry, self.stacked, self.axes, self.problem, self.keys)
         self._carry = self._place(from_arrays(template, arrays, source))
 
-    def _place(self, carry: PyTree) -> PyTree:
-        return carry if self._sharding is None else self._sharding(carry)
 
-
-def _sharding(algorithm: Algorithm, members: int, devices: int | None) -> Callable[[PyTree], PyTree] | None:
-    """How a carry is laid out over several devices; None keeps it where it is."""
+def _placement(algorithm: Algorithm, members: int, devices: int | None) -> Callable[[PyTree], PyTree]:
+    """A function that lays a carry out over several devices."""
     if devices is None or devices == 1:
-        return None
+        return lambda carry: carry
     require_count("devices", devices)
     available = jax.device_count()
     require(devices <= available, "devices", devices, f"at most the {available} devices that JAX sees")
-    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
     grid = np.asarray(jax.devices()[:devices])
     mesh = Mesh(grid, ("data",), axis_types=(AxisType.Auto,))
     by_member = members % devices == 0
@@ -454,13 +448,24 @@ def _sharding(algorithm: Algorithm, members: int, devices: int | None) -> Callab
 
     def place(carry: PyTree) -> PyTree:
         def put(is_rollout: bool) -> Callable[[Array], Array]:
-            return lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec(leaf, is_rollout)))
+            return lambda leaf: _spread(leaf, NamedSharding(mesh, spec(leaf, is_rollout)))
 
         if not isinstance(algorithm, InteractiveAlgorithm):
             return jax.tree.map(put(False), carry)
         return jax.tree.map(put(False), carry[0]), jax.tree.map(put(True), carry[1])
 
     return place
+
+
+def _spread(array: Array, sharding: NamedSharding) -> Array:
+    """An array that every process holds in full, laid out over the devices of all of them."""
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        words = _spread(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(array))
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 class _HostRunner(_Runner):
@@ -626,6 +631,8 @@ def _saved_rows(folder: Run, members: int) -> list[dict[str, np.ndarray]]:
 def _write_policies(trained: Trained, folder: Run) -> None:
     from steersman.policies.storage import save_policy
 
+    if jax.process_index() != 0:
+        return
     for i, member in enumerate(trained.members):
         setting = "".join(f"-{name}={value:g}" for name, value in member.settings.items())
         save_policy(trained.policy(i), folder.folder / "policies" / f"seed={member.seed}{setting}")

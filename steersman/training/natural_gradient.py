@@ -13,6 +13,7 @@ Every function runs under ``jit`` and ``vmap``. Parameters are trees of floating
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ def fisher_vector_product(
     pull_back = jax.linear_transpose(push_forward, params)
     batch = jax.eval_shape(head.kl, outputs, outputs).shape
     if weight is None:
-        share = jnp.asarray(1.0 / max(1, _size(batch)))
+        share = jnp.asarray(1.0 / max(1, math.prod(batch)))
     else:
         require(jnp.shape(weight) == batch, "weight's shape", jnp.shape(weight), f"that of the batch, {batch}")
         require_number("weight", weight, at_least=0.0)
@@ -104,13 +105,6 @@ def fisher_vector_product(
         return _add_scaled(pulled, damping, vector)
 
     return product
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 class LinearSolution(NamedTuple):
@@ -255,7 +249,7 @@ class LineSearch(NamedTuple):
 
 
 def backtracking_line_search(
-    evaluate: Callable[[PyTree], tuple[Bool[Array, ""], Any]],
+    evaluate: Callable[[PyTree], tuple[Bool[Array, ""] | bool, Any]],
     params: PyTree,
     step: PyTree,
     *,

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+import jax
 import numpy as np
 import yaml
 
@@ -22,6 +23,13 @@ from steersman.training.checkpoints import Checkpoints
 FORMAT = 1
 
 _SHOWN_PACKAGES = ("steersman", "jax", "equinox", "optax", "gymnax", "gymnasium", "mujoco", "numpy")
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes equal parts out each time: anchors are hard to read and to edit."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def versions() -> dict[str, str]:
@@ -41,6 +49,10 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        # Temporary files are private; what takes their place is as readable as any file of the user's.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -48,14 +60,14 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 class Run:
-    """One run folder, held by one process at a time.
+    """One run folder, held by one process at a time. Where several processes train one run, only the first writes.
 
     Layout: ``config.yaml`` (all that is needed to repeat the run), ``checkpoints/``, ``metrics.parquet`` (one row per
     iteration and member; parts in ``metrics/`` while the run goes on), ``policy/`` (one folder per member),
     ``report.html``.
     """
 
-    def __init__(self, folder: Path, lock: IO[str]):
+    def __init__(self, folder: Path, lock: IO[str] | None):
         self.folder = folder
         self._lock = lock
         self.checkpoints = Checkpoints(folder / "checkpoints")
@@ -67,6 +79,8 @@ class Run:
         Raises:
             RunError: the folder holds a run already, or cannot be written.
         """
+        if jax.process_index() != 0:
+            return cls(folder, None)
         if (folder / "config.yaml").exists():
             raise RunError(f"run folder {folder} holds a run already; resume it, or choose another folder.")
         try:
@@ -75,7 +89,7 @@ class Run:
             (folder / "metrics").mkdir(exist_ok=True)
             content = {"format": FORMAT, **config, "versions": versions()}
             with atomic(folder / "config.yaml") as temporary:
-                temporary.write_text(yaml.safe_dump(content, sort_keys=False))
+                temporary.write_text(yaml.dump(content, Dumper=_PlainDumper, sort_keys=False))
         except OSError as error:
             raise RunError(f"run folder {folder} cannot be written ({error.strerror or error}).") from error
         return cls(folder, lock)
@@ -88,6 +102,8 @@ class Run:
             RunError: it is no run folder, of another format, or another process holds it.
         """
         config = read_config(folder)
+        if jax.process_index() != 0:
+            return cls(folder, None), config
         try:
             lock = _hold(folder)
         except OSError as error:
@@ -99,6 +115,8 @@ class Run:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        if self._lock is None:
+            return
         try:
             with atomic(self.folder / "metrics" / f"{first:012d}.parquet") as temporary:
                 pq.write_table(pa.table(dict(table)), temporary)
@@ -111,6 +129,8 @@ class Run:
 
     def drop_metrics(self, first: int) -> None:
         """Forgets all rows after iteration `first`: they belong to work that was lost and will be done again."""
+        if self._lock is None:
+            return
         for part in self.parts():
             if int(part.stem) >= first:
                 part.unlink()
@@ -130,7 +150,7 @@ class Run:
         import pyarrow.parquet as pq
 
         parts = self.parts()
-        if not parts:
+        if not parts or self._lock is None:
             return None
         table = pa.concat_tables([pq.read_table(part) for part in parts]).combine_chunks()
         path = self.folder / "metrics.parquet"
@@ -141,7 +161,8 @@ class Run:
     def close(self) -> None:
         """Lets another process have the folder."""
         self.checkpoints.close()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _hold(folder: Path) -> IO[str]:

@@ -192,12 +192,5 @@ def test_the_environment_takes_other_tables_as_parameters():
     assert float(reward) in (10.0, 11.0)
 
 
-def test_an_environment_of_something_else_is_refused():
-    from steersman.mdp import TabularEnvironment
-
-    with pytest.raises(InputTypeError, match="mdp is a str"):
-        TabularEnvironment("chain")
-
-
 def test_the_model_says_that_it_is_a_problem():
     assert MDP(TRANSITION, REWARD, 0.9).is_problem

@@ -136,7 +136,11 @@ def test_row_maximizer_fills_the_ball_and_beats_what_is_in_it(seed, radius, spre
         p = np.asarray(maximize_row(jnp.asarray(pi), jnp.asarray(worth), radius))
         assert np.all(p >= 0)
         assert p.sum() == pytest.approx(1.0, abs=1e-12)
-        assert kl(pi, p) == pytest.approx(radius, rel=1e-5)
+        # Where the best action has nearly all probability, not even the smallest numbers for the others fill the ball.
+        if p.min() > 1e-250:
+            assert kl(pi, p) == pytest.approx(radius, rel=1e-5)
+        else:
+            assert kl(pi, p) < radius
         others = rng.dirichlet(np.ones(4), size=200)
         # Every other point is pulled towards pi until it is inside the ball.
         for _ in range(60):

@@ -74,3 +74,9 @@ def test_figures_are_saved_and_inlined(tmp_path):
 def test_bad_figures_are_named(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+def test_curves_without_points_are_drawn_empty():
+    nothing = np.zeros(0)
+    figure = figures.learning_curves({"a": (nothing, Band(nothing, nothing, nothing))})
+    assert "environment steps" in figures.inline_svg(figure, "empty", "Nothing")
