@@ -292,6 +292,11 @@ def _rk4(problem: ContinuousTimeProblem, x: Array, u: Array, d: Array, h: float)
 INTEGRATORS: dict[str, Callable[..., Array]] = {"euler": _euler, "semi_implicit": _semi_implicit, "rk4": _rk4}
 
 
+# Folded into a key for measurement noise; far from the small numbers that splitting uses. Unlike a split it costs
+# nothing where a problem measures without noise, and every environment step resets.
+_MEASUREMENT = 0x6D656173
+
+
 class ControlState(eqx.Module):
     """State of a :class:`ControlEnvironment`.
 
@@ -337,9 +342,8 @@ class ControlEnvironment(Environment):
         return self.problem.sample_time
 
     def reset_env(self, key: Key[Array, ""], params: ControlProblem) -> tuple[Array, ControlState]:
-        start_key, noise_key = jax.random.split(key)
-        x = params.initial_state(start_key)
-        return params.observe(x, noise_key), ControlState(x, jnp.zeros((), jnp.int32))
+        x = params.initial_state(key)
+        return params.observe(x, jax.random.fold_in(key, _MEASUREMENT)), ControlState(x, jnp.zeros((), jnp.int32))
 
     def step_env(
         self, key: Key[Array, ""], state: ControlState, action: Float[Array, " m"], params: ControlProblem

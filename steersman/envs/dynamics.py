@@ -221,7 +221,7 @@ class Pendulum(ContinuousTimeProblem):
         return jnp.stack([rate, fall + push])
 
     def limit_state(self, x: Float[Array, " n"]) -> Float[Array, " n"]:
-        return x.at[1].set(jnp.clip(x[1], -self.max_speed, self.max_speed))
+        return jnp.stack([x[0], jnp.clip(x[1], -self.max_speed, self.max_speed)])
 
     def stage_cost(self, x: Float[Array, " n"], u: Float[Array, " m"]) -> Float[Array, ""]:
         return self.terminal_cost(x) + self.control_weight * u[0] ** 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -728,12 +729,18 @@ def _share(rows: range, worker: int, workers: int) -> range:
 
 
 def _find_spec(name: str) -> EnvSpec:
+    module, _, task = name.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(f"source is {name!r}, but {module} cannot be imported: {error}") from error
     try:
-        return gymnasium.spec(name)
-    except (gymnasium.error.NameNotFound, gymnasium.error.VersionNotFound, gymnasium.error.NamespaceNotFound):
-        raise unknown_name("Gymnasium environment", name, gymnasium.registry) from None
-    except (gymnasium.error.Error, ImportError) as error:
-        raise InputError(f"source is {name!r}, which Gymnasium does not find: {error}") from error
+        return gymnasium.spec(task)
+    except gymnasium.error.UnregisteredEnv:
+        raise unknown_name("Gymnasium environment", task, gymnasium.registry) from None
+    except gymnasium.error.Error as error:
+        raise InputError(f"source is {name!r}, but Gymnasium says: {error}") from error
 
 
 def _specification(spec: EnvSpec, options: dict[str, Any]) -> EnvSpec:

@@ -177,8 +177,8 @@ def quiet_mujoco(entry_point: Any) -> Iterator[None]:
         mujoco.set_mju_user_warning(None)
 
 
-def make_environment(maker: EnvSpec | Callable[[], gymnasium.Env]) -> gymnasium.Env:
-    """One environment from its specification or from a function."""
+def make_environment(maker: EnvSpec | Callable[[], Any]) -> Any:
+    """One environment from its specification, or whatever a function makes."""
     if isinstance(maker, EnvSpec):
         with quiet_mujoco(maker.entry_point):
             return gymnasium.make(maker, disable_env_checker=True)
@@ -436,7 +436,9 @@ def serve(connection: Any, memory: Any, program: bytes) -> None:
     envs = None
     try:
         rows = [row for part in parts for row in part]
-        envs = SteppedOneByOne(maker, make_arrays(layout, num_envs, memory), rows, seed, number, recorded)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the parent made one too, and has shown what there is to say
+            envs = SteppedOneByOne(maker, make_arrays(layout, num_envs, memory), rows, seed, number, recorded)
         connection.send_bytes(b"")
         while (request := _next_request(connection)) is not None:
             verb, part = request[:1], parts[request[1]]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree, UInt8
 
@@ -415,7 +416,7 @@ def episode_scenes(
 
 
 def _on_host(leaf: Any) -> np.ndarray:
-    is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
 
@@ -683,7 +684,7 @@ def _mixed(color: str, other: str, share: Real) -> str:
 def _rows(kind: str, tree: PyTree, most: int, names: Sequence[str]) -> tuple[list[tuple[str, np.ndarray]], int]:
     rows, hidden = [], 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = kind + jax.tree_util.keystr(path).replace("'", "")
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or kind
         flat = leaf.reshape(len(leaf), -1).astype(float)
         named = names if len(names) == flat.shape[1] else [f"{name}[{i}]" for i in range(flat.shape[1])]
         for i in range(flat.shape[1]):

@@ -226,7 +226,7 @@ class MultiCategorical(Head):
     def distribution(self, parameters: Float[Array, "... out"]) -> numpyro.distributions.Distribution:
         import numpyro.distributions
 
-        # Padding with impossible choices makes the places equally wide, so that one batched distribution holds them all.
+        # Padding with impossible choices makes the places equally wide, so that one distribution holds them all.
         width = max(self.sizes)
         padded = [
             jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, width - p.shape[-1])], constant_values=-jnp.inf)

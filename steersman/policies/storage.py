@@ -357,7 +357,8 @@ def load_policy(folder: str | os.PathLike[str], trusted: Sequence[Any] | type = 
     Args:
         folder: the folder with ``policy.safetensors`` and ``policy.json``.
         trusted: your own classes (``equinox.Module`` or named tuples) and module-level functions that the policy may
-            be made of; one of them needs no tuple. Nothing outside Steersman, ``equinox.nn`` and JAX's array functions is used unless it is here.
+            be made of; one class needs no tuple. Nothing outside Steersman, ``equinox.nn`` and JAX's array functions
+            is used unless it is here.
 
     Returns:
         The policy, every array equal bit for bit.
@@ -579,7 +580,8 @@ class _Decoder:
             found = self._own(module, attribute, path)
             room = module.split(".")[1] if "." in module else ""
             at_home = getattr(found, "__module__", None) == module and getattr(found, "__qualname__", None) == attribute
-            if room not in _FUNCTION_ROOMS or module == __name__ or isinstance(found, type) or not at_home:
+            top_level = at_home and "." not in attribute and not isinstance(found, type)
+            if room not in _FUNCTION_ROOMS or module == __name__ or not top_level:
                 found = None
         if not callable(found):
             short = attribute.rpartition(".")[2] or name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -40,13 +40,6 @@ class _Arrived(NamedTuple):
     extras: dict[str, Any]
 
 
-class _Programs(NamedTuple):
-    """The compiled functions of one kind of policy."""
-
-    act: list[Callable[..., Any]]
-    assemble: Callable[..., Any]
-
-
 def _require_members(policies: PyTree, members: int) -> None:
     for leaf in jax.tree.leaves(eqx.filter(policies, eqx.is_array)):
         if leaf.ndim == 0 or leaf.shape[0] != members:
@@ -54,6 +47,101 @@ def _require_members(policies: PyTree, members: int) -> None:
                 f"policies has a leaf of shape {leaf.shape}, but each must have a leading axis of {members}, one entry "
                 "for each key."
             )
+
+
+@functools.lru_cache(maxsize=64)
+def _act_program(structure: Any, constants: tuple[Any, ...], between: tuple[int, int], has_memory: bool) -> Any:
+    """The compiled step of one half for policies of one kind, kept for every rollout with such policies."""
+
+    def member(arrays: list[Any], keys: Array, t: Array, observation: PyTree, restart: Any, carry: PyTree):
+        policy: Policy = jax.tree.unflatten(structure, _merged(arrays, constants))
+        keys = keys[t, :, between[0] : between[1]]
+        if has_memory:
+            carry = where_done(restart, jax.vmap(policy.init)(keys[1]), carry)
+        action, next_carry, record = jax.vmap(policy.act)(observation, carry, keys[0])
+        return action, next_carry, _Stored(observation, carry, action, record)
+
+    def act(arrays: list[Any], keys: Key[Array, "M T 2 N"], observation: PyTree, restart: Any, running: tuple):
+        t, carry, stored = running
+        in_axes = (0, 0, None, 0, 0, 0)
+        action, carry, row = jax.vmap(member, in_axes)(arrays, keys, t, observation, restart, carry)
+        stored = jax.tree.map(lambda batch, leaf: batch.at[t].set(leaf), stored, row)
+        return action, (t + 1, carry, stored)
+
+    # What is stored is donated: each step writes its row in place.
+    return jax.jit(act, donate_argnums=4)
+
+
+def _merged(arrays: list[Any], constants: tuple[Any, ...]) -> list[Any]:
+    return [constant if array is None else array for array, constant in zip(arrays, constants, strict=True)]
+
+
+def _kind_of(policies: PyTree) -> tuple[list[Any], tuple[Any, tuple[Any, ...]]]:
+    """The arrays of some policies, and all else about them."""
+    leaves, structure = jax.tree.flatten(policies)
+    arrays = [leaf if eqx.is_array(leaf) else None for leaf in leaves]
+    return arrays, (structure, tuple(None if eqx.is_array(leaf) else leaf for leaf in leaves))
+
+
+@jax.jit
+def _first_keys(keys: Key[Array, " M"]) -> tuple[Array, Key[Array, " M"]]:
+    pairs = jax.vmap(jax.random.split)(keys)
+    return jax.vmap(jax.random.bits)(pairs[:, 0]), pairs[:, 1]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _batch_keys(
+    keys: Key[Array, " M"], num_steps: int, num_envs: int
+) -> tuple[Key[Array, " M"], Key[Array, "M T 2 N"]]:
+    pairs = jax.vmap(jax.random.split)(keys)
+    return pairs[:, 0], jax.vmap(lambda key: jax.random.split(key, (num_steps, 2, num_envs)))(pairs[:, 1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _assemble(
+    members: int, stored: list[_Stored], arrived: list[_Arrived], episode_return: Array, episode_length: Array
+) -> tuple[Experience, EpisodeStatistics, Array, Array]:
+    """Joins the halves into ``[M, T, N, ...]`` and follows the episodes' returns and lengths."""
+
+    def join(*halves: Array) -> Array:
+        return jnp.moveaxis(jnp.concatenate(halves, axis=2), 1, 0)
+
+    def join_rows(*halves: Array) -> Array:
+        return join(*(half.reshape(half.shape[0], members, -1, *half.shape[2:]) for half in halves))
+
+    kept: _Stored = jax.tree.map(join, *stored)
+    came: _Arrived = jax.tree.map(join_rows, *arrived)
+    experience = Experience(
+        observation=kept.observation,
+        next_observation=came.final,
+        carry=kept.carry,
+        action=kept.action,
+        record=kept.record,
+        reward=came.reward,
+        terminated=came.terminated,
+        truncated=came.truncated,
+        extras=came.extras,
+    )
+
+    def follow(running: tuple[Array, Array], step: tuple[Array, Array]) -> tuple[tuple, tuple]:
+        (total, length), (reward, done) = running, step
+        total, length = total + reward, length + 1
+        zero = jnp.zeros_like(total)
+        return (where_done(done, zero, total), length * ~done), (where_done(done, total, zero), length * done)
+
+    def statistics(experience: Experience, total: Array, length: Array) -> tuple[EpisodeStatistics, Array, Array]:
+        done = episode_ends(experience.terminated, experience.truncated)
+        running, (returns, lengths) = jax.lax.scan(follow, (total, length), (experience.reward, done))
+        result = EpisodeStatistics(
+            episodes=jnp.sum(done),
+            return_sum=jnp.sum(returns, axis=(0, 1)),
+            length_sum=jnp.sum(lengths).astype(jnp.float32),
+            nonfinite_observations=count_nonfinite(experience.next_observation),
+            nonfinite_rewards=count_nonfinite(experience.reward),
+        )
+        return result, *running
+
+    return experience, *jax.vmap(statistics)(experience, episode_return, episode_length)
 
 
 class HostRollout(eqx.Module):
@@ -109,13 +197,11 @@ class LiveRollout:
         self.rollout, self.problem = rollout, problem
         self._members = len(keys)
         _require_members(policies, self._members)
-        reset_key, self._keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        seeds = [int(seed) for seed in np.asarray(jax.vmap(jax.random.bits)(reset_key))]
+        bits, self._keys = _first_keys(keys)
+        seeds = [int(seed) for seed in np.asarray(bits)]
         parts = 1 if problem.is_vector or rollout.num_envs == 1 else 2
         bounds = [rollout.num_envs * part // parts for part in range(parts + 1)]
-        self._between = [slice(bounds[part], bounds[part + 1]) for part in range(parts)]
-        self._compiled: dict[Any, _Programs] = {}
-        self._draw_keys = jax.jit(self._draw)
+        self._between = [(bounds[part], bounds[part + 1]) for part in range(parts)]
         self.samples = np.zeros(self._members, np.int64)
         self.environments: HostEnvironments = problem.start(rollout.num_envs, seeds, parts=parts)
         try:
@@ -129,148 +215,58 @@ class LiveRollout:
 
     def _rows(self, tree: PyTree, part: int) -> PyTree:
         """Rows of a half as ``[M, n, ...]``."""
-        n = self._between[part].stop - self._between[part].start
+        n = self._between[part][1] - self._between[part][0]
         return jax.tree.map(lambda leaf: leaf.reshape(self._members, n, *leaf.shape[1:]), tree)
 
     def _start_memory(self, policies: Policy) -> None:
         """Allocates, for each half, what the policies store on the device, and what arrives on the host."""
-        arrays, static = eqx.partition(policies, eqx.is_array)
+        arrays, (structure, constants) = _kind_of(policies)
         members, steps, layout = self._members, self.rollout.num_steps, self.problem._layout
 
-        def one_act(arrays: PyTree, observation: PyTree, key: Key[Array, ""]) -> PyTree:
-            policy: Policy = eqx.combine(arrays, static)
+        def one_act(arrays: list[Any], observation: PyTree, key: Key[Array, ""]) -> PyTree:
+            policy: Policy = jax.tree.unflatten(structure, _merged(arrays, constants))
             carry = policy.init(key)
             action, _, record = policy.act(observation, carry, key)
             return carry, _Stored(observation, carry, action, record)
 
-        first = jax.tree.map(lambda leaf: leaf[0], (arrays, self._observation[0]))
-        shapes = jax.eval_shape(one_act, first[0], jax.tree.map(lambda leaf: leaf[0], first[1]), self._keys[0])
+        def first(leaf: Any) -> Any:
+            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+        one_observation = jax.tree.map(first, jax.tree.map(first, self._observation[0]))
+        shapes = jax.eval_shape(one_act, jax.tree.map(first, arrays), one_observation, first(self._keys))
         self._has_memory = bool(jax.tree.leaves(shapes[0]))
+
+        def zeros(lead: tuple[int, ...], shapes: PyTree) -> PyTree:
+            return jax.tree.map(lambda s: jnp.array(np.zeros((*lead, *s.shape), s.dtype)), shapes)
+
         self._carry, self._stored, self._arrived, self._restart = [], [], [], []
-        for between in self._between:
-            n = between.stop - between.start
-            zeros = [
-                jax.tree.map(lambda s, lead=lead: jnp.zeros((*lead, *s.shape), s.dtype), shape)
-                for lead, shape in zip([(members, n), (steps, members, n)], shapes, strict=True)
-            ]
-            self._carry.append(zeros[0])
-            self._stored.append(zeros[1])
-            self._restart.append(np.ones((members, n), bool))
-            rows = members * n
+        for start, stop in self._between:
+            self._carry.append(zeros((members, stop - start), shapes[0]))
+            self._stored.append(zeros((steps, members, stop - start), shapes[1]))
+            self._restart.append(np.ones((members, stop - start), bool))
+            rows = members * (stop - start)
             reward = np.zeros((steps, rows, *layout.reward.shape), layout.reward.dtype)
             flags = np.zeros((2, steps, rows), bool)
             self._arrived.append(_Arrived(None, reward, flags[0], flags[1], {}))
-        reward_shape = layout.reward.shape
-        self._episode_return = jnp.zeros((members, self.rollout.num_envs, *reward_shape))
-        self._episode_length = jnp.zeros((members, self.rollout.num_envs), jnp.int32)
-
-    # ---- programs
-
-    def _draw(self, keys: Key[Array, " M"]) -> tuple[Key[Array, " M"], Key[Array, "M T 2 N"]]:
-        following, batch = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        shape = (self.rollout.num_steps, 2, self.rollout.num_envs)
-        return following, jax.vmap(lambda key: jax.random.split(key, shape))(batch)
-
-    def _programs(self, policies: Policy) -> tuple[PyTree, _Programs]:
-        _require_members(policies, self._members)
-        leaves, structure = jax.tree.flatten(policies)
-        arrays = [leaf if eqx.is_array(leaf) else None for leaf in leaves]
-        constants = tuple(None if eqx.is_array(leaf) else leaf for leaf in leaves)
-        kind = (structure, constants)
-        if kind not in self._compiled:
-
-            def policy_of(arrays: list[Any]) -> Policy:
-                merged = [c if a is None else a for a, c in zip(arrays, constants, strict=True)]
-                return jax.tree.unflatten(structure, merged)
-
-            act = [self._act_program(policy_of, between) for between in self._between]
-            self._compiled[kind] = _Programs(act, jax.jit(self._assemble))
-        return arrays, self._compiled[kind]
-
-    def _act_program(self, policy_of: Callable[[list[Any]], Policy], between: slice) -> Callable[..., Any]:
-        has_memory = self._has_memory
-
-        def member(arrays: list[Any], keys: Array, t: Array, observation: PyTree, restart: Any, carry: PyTree):
-            policy, keys = policy_of(arrays), keys[t, :, between]
-            if has_memory:
-                carry = where_done(restart, jax.vmap(policy.init)(keys[1]), carry)
-            action, next_carry, record = jax.vmap(policy.act)(observation, carry, keys[0])
-            return action, next_carry, _Stored(observation, carry, action, record)
-
-        # The stored batch is donated: each step writes its row in place.
-        def act(arrays: list[Any], keys: Key[Array, "M T 2 N"], observation: PyTree, restart: Any, running: tuple):
-            t, carry, stored = running
-            in_axes = (0, 0, None, 0, 0, 0)
-            action, carry, row = jax.vmap(member, in_axes)(arrays, keys, t, observation, restart, carry)
-            stored = jax.tree.map(lambda batch, leaf: batch.at[t].set(leaf), stored, row)
-            return action, (t + 1, carry, stored)
-
-        return jax.jit(act, donate_argnums=4)
-
-    def _assemble(
-        self, stored: list[_Stored], arrived: list[_Arrived], episode_return: Array, episode_length: Array
-    ) -> tuple[Experience, EpisodeStatistics, Array, Array]:
-        """Joins the halves into ``[M, T, N, ...]`` and follows the episodes' returns and lengths."""
-        arrived = [
-            jax.tree.map(lambda leaf, s=s: leaf.reshape(leaf.shape[0], s, -1, *leaf.shape[2:]), part)
-            for s, part in zip([self._members] * len(arrived), arrived, strict=True)
-        ]
-
-        def join(*halves: Array) -> Array:
-            return jnp.moveaxis(jnp.concatenate(halves, axis=2), 1, 0)
-
-        kept: _Stored = jax.tree.map(join, *stored)
-        came: _Arrived = jax.tree.map(join, *arrived)
-        experience = Experience(
-            observation=kept.observation,
-            next_observation=came.final,
-            carry=kept.carry,
-            action=kept.action,
-            record=kept.record,
-            reward=came.reward,
-            terminated=came.terminated,
-            truncated=came.truncated,
-            extras=came.extras,
-        )
-
-        def follow(running: tuple[Array, Array], step: tuple[Array, Array]) -> tuple[tuple, tuple]:
-            (total, length), (reward, done) = running, step
-            total, length = total + reward, length + 1
-            zero = jnp.zeros_like(total)
-            ended = (where_done(done, total, zero), length * done)
-            return (where_done(done, zero, total), jnp.where(done, 0, length)), ended
-
-        def statistics(experience: Experience, total: Array, length: Array) -> tuple[EpisodeStatistics, Array, Array]:
-            done = jax.vmap(episode_ends)(experience.terminated, experience.truncated)
-            running, (returns, lengths) = jax.lax.scan(follow, (total, length), (experience.reward, done))
-            result = EpisodeStatistics(
-                episodes=jnp.sum(done),
-                return_sum=jnp.sum(returns, axis=(0, 1)),
-                length_sum=jnp.sum(lengths).astype(jnp.float32),
-                nonfinite_observations=count_nonfinite(experience.next_observation),
-                nonfinite_rewards=count_nonfinite(experience.reward),
-            )
-            return result, *running
-
-        return experience, *jax.vmap(statistics)(experience, episode_return, episode_length)
+        self._episode_return = jnp.array(np.zeros((members, self.rollout.num_envs, *layout.reward.shape), np.float32))
+        self._episode_length = jnp.array(np.zeros((members, self.rollout.num_envs), np.int32))
 
     # ---- collecting
 
     def collect(self, policies: Policy) -> tuple[Experience, EpisodeStatistics]:
         """One batch for every member: experience with leaves ``[M, T, N, ...]``, and statistics ``[M]``."""
-        arrays, programs = self._programs(policies)
+        _require_members(policies, self._members)
+        arrays, kind = _kind_of(policies)
+        programs = [_act_program(*kind, between, self._has_memory) for between in self._between]
         environments, parts, steps = self.environments, len(self._between), self.rollout.num_steps
         # All keys of a batch come from one call: drawn step by step they would cost a third of acting.
-        self._keys, keys = self._draw_keys(self._keys)
-        start = jnp.zeros((), jnp.int32)
-        running: list[Any] = [(start + 0, carry, kept) for carry, kept in zip(self._carry, self._stored, strict=True)]
+        self._keys, keys = _batch_keys(self._keys, steps, self.rollout.num_envs)
+        running: list[Any] = [(np.int32(0), *memory) for memory in zip(self._carry, self._stored, strict=True)]
         action: list[Any] = [None] * parts
 
         def act(part: int) -> None:
             restart = self._restart[part] if self._has_memory else None
-            action[part], running[part] = programs.act[part](
-                arrays, keys, self._observation[part], restart, running[part]
-            )
+            action[part], running[part] = programs[part](arrays, keys, self._observation[part], restart, running[part])
 
         def send(part: int) -> None:
             rows = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), action[part])
@@ -311,8 +307,8 @@ class LiveRollout:
                         send(1 - part)
         for part, (_, carry, kept) in enumerate(running):
             self._carry[part], self._stored[part] = carry, kept
-        experience, statistics, *follow = programs.assemble(
-            self._stored, self._arrived, self._episode_return, self._episode_length
+        experience, statistics, *follow = _assemble(
+            self._members, self._stored, self._arrived, self._episode_return, self._episode_length
         )
         # The next batch overwrites what this one was assembled from.
         self._episode_return, self._episode_length = jax.block_until_ready(follow)

@@ -371,7 +371,7 @@ def test_sources():
             InputError,
             "Unknown Gymnasium environment 'CartPol-v1'.*'CartPole-v1'",
         ),
-        (lambda: GymnasiumProblem("nowhere_at_all:Task-v0"), InputError, "source is 'nowhere_at_all:Task-v0'"),
+        (lambda: GymnasiumProblem("nowhere:Task-v0"), InputError, "source is 'nowhere:Task-v0', but nowhere cannot"),
         (lambda: GymnasiumProblem(own_environment()()), InputTypeError, "source is a Counting without a spec"),
         (lambda: GymnasiumProblem(dict), InputTypeError, "source is a function that makes a dict"),
         (lambda: GymnasiumProblem(own_environment("text")), InputTypeError, "The observation space is a Text"),
@@ -424,7 +424,7 @@ def test_misuse_is_named():
     with nested.start(2, 0) as environments:
         environments.reset()
         with pytest.raises(InputTypeError, match="action is a ndarray, but it must be a batch of Tuple"):
-            environments.step(np.zeros((2, 1)))
+            environments.step(np.zeros((3, 1)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

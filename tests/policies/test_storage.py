@@ -363,8 +363,9 @@ def test_equinox_networks_survive(tmp_path):
 
 
 def nested():
-    content = []
-    content.append(content)
+    content = 0
+    for _ in range(70):
+        content = [content]
     return content
 
 
@@ -662,6 +663,7 @@ def test_names_inside_steersman_give_modules_only(saved, name, message):
         "steersman.policies.heads:eqx.filter_jit",
         "steersman.policies.heads:Categorical",
         "steersman.networks.mlp:jax.jit",
+        "steersman.policies.policy:Policy.mode",
         "steersman.training.runs:atomic",
         "steersman.cli:main",
         "steersman:cite",
