@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import importlib
@@ -47,6 +48,7 @@ class GymnasiumProblem:
         num_agents: 0, a single agent.
         spec: the specification that environments are made from, or None.
         workers: as given.
+        step_seconds: wall time that one step took when it was tried.
     """
 
     on_host = True
@@ -59,7 +61,7 @@ class GymnasiumProblem:
         workers: int | None = None,
         make_options: dict[str, Any] | None = None,
     ):
-        """Makes one environment to look at: it is reset and stepped for a few milliseconds.
+        """Makes one environment to look at: it is reset and stepped for some milliseconds (a vector environment, once).
 
         Args:
             source: a registered id, a function that makes an environment, an environment with a specification (which
@@ -126,8 +128,9 @@ class GymnasiumProblem:
             self._host_observation, self._host_action = single_observation, single_action
             self.observation_space = _delivered("observation", single_observation)
             self.action_space = _delivered("action", single_action)
-            inner = getattr(env, "unwrapped", env)
-            self.name = env.spec.id if env.spec is not None else type(inner).__name__
+            # A vector environment made from functions knows of its parts what it can ask them.
+            spec = env.spec if batch is None else getattr(getattr(batch, "envs", [batch])[0], "spec", None)
+            self.name = spec.id if spec is not None else type(env.unwrapped).__name__
             env.action_space.seed(0)
             env.reset(seed=0)
             began = time.perf_counter()
@@ -279,6 +282,7 @@ class HostEnvironments:
     Attributes:
         num_envs: rows ``N`` of the whole batch.
         workers: how many processes step them; 0 means this one.
+        threads: how many threads of this process step them, where worker processes were asked for and cannot be had.
     """
 
     def __init__(self, problem: GymnasiumProblem, num_envs: int, seeds: Sequence[int], parts: int, workers: int):
@@ -299,7 +303,7 @@ class HostEnvironments:
         self._started = [False] * parts
         self._arrays: Any = None
         self._backend: Any = None
-        self.workers = 0
+        self.workers = self.threads = 0
         if workers > 0:
             self._start_workers(workers)
         if self._backend is None:
@@ -317,7 +321,7 @@ class HostEnvironments:
         else:
             rows = range(self.num_envs)
             envs = gymnasium_worker.SteppedOneByOne(problem._maker, self._arrays, rows, *identity)
-        self._backend = _Here(envs)
+        self._backend = _Threads(envs, self._rows, self.threads) if self.threads else _Here(envs)
 
     def _start_workers(self, workers: int) -> None:
         problem = self.problem
@@ -326,10 +330,11 @@ class HostEnvironments:
         except _CannotShareError as error:
             # The environment could be made here, so it is the way to another process that is barred: a function
             # that closes over something that cannot be sent, a module that only this process can import.
+            self.threads = workers
             if problem.workers is not None:
                 warnings.warn(
-                    f"{problem.name} is stepped in this process instead of {workers} worker processes, because it "
-                    f"could not be made there: {error}",
+                    f"{problem.name} is stepped by {workers} threads of this process instead of worker processes, "
+                    f"because it could not be made there: {error}",
                     stacklevel=4,
                 )
             return
@@ -442,7 +447,8 @@ class HostEnvironments:
             "digest": self._collect_digests(),
         }
         for k, (chunk, array) in enumerate(zip(chunks, self._arrays.action, strict=True)):
-            kept[f"action/{k}"] = np.concatenate(chunk) if chunk else array[:0].copy()
+            # One more row than there are steps, since checkpoints hold no empty arrays.
+            kept[f"action/{k}"] = np.concatenate([*chunk, np.zeros_like(array[:1])])
         return kept
 
     def restore(self, snapshot: dict[str, np.ndarray]) -> None:
@@ -458,7 +464,7 @@ class HostEnvironments:
         require(expected <= set(snapshot), "snapshot", sorted(snapshot), f"a dict with the entries {sorted(expected)}")
         rows = len(snapshot["seed"])
         require(rows == self.num_envs, "snapshot", f"of {rows} environments", f"of {self.num_envs} environments")
-        action = [np.asarray(snapshot[f"action/{k}"]) for k in range(len(self._arrays.action))]
+        action = [np.asarray(snapshot[f"action/{k}"])[:-1] for k in range(len(self._arrays.action))]
         for leaf, array in zip(action, self._arrays.action, strict=True):
             good = leaf.shape == (int(np.sum(snapshot["length"])), *array.shape[1:]) and leaf.dtype == array.dtype
             require(good, "snapshot", "with other actions", f"one of {self.problem.name}")
@@ -575,6 +581,31 @@ class _Here:
 
     def close(self) -> None:
         self.envs.close()
+
+
+class _Threads(_Here):
+    """Steps in threads of this process, which helps where a simulator releases the interpreter, as MuJoCo does."""
+
+    def __init__(self, envs: gymnasium_worker.SteppedOneByOne, parts: list[range], threads: int):
+        super().__init__(envs)
+        self.pool = concurrent.futures.ThreadPoolExecutor(threads)
+        self.shares = [[_share(rows, worker, threads) for worker in range(threads)] for rows in parts]
+        self.running: dict[int, list[concurrent.futures.Future[None]]] = {}
+
+    def send(self, verb: str, part: int, rows: range) -> None:
+        call = self.envs.step if verb == "s" else self.envs.reset
+        self.running[part] = [self.pool.submit(call, share) for share in self.shares[part] if share]
+
+    def wait(self, part: int, name: str) -> None:
+        running = self.running.pop(part)
+        concurrent.futures.wait(running)
+        with _named(name):
+            for share in running:
+                share.result()
+
+    def close(self) -> None:
+        self.pool.shutdown()
+        super().close()
 
 
 class _CannotShareError(Exception):

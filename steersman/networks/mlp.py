@@ -22,23 +22,31 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def orthogonal(key: Key[Array, ""], shape: tuple[int, int], gain: float) -> Float[Array, "in out"]:
+def orthogonal(key: Key[Array, ""], shape: tuple[int, int], gain: float) -> Float[Array, "rows columns"]:
     """A random matrix with orthonormal rows or columns times `gain` (Saxe et al., 2014, arXiv:1312.6120)."""
     return jax.nn.initializers.orthogonal(gain)(key, shape, jnp.float32)
+
+
+@jax.custom_vjp
+def _materialize_gradient(x: Array) -> Array:
+    return x
+
+
+# Without the barrier XLA reads the incoming gradient through a transposition, and the product that gives the last
+# layer's gradient takes ten times as long on CPU.
+_materialize_gradient.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
 
 
 class MLP(eqx.Module):
     """Fully connected layers with one activation between them and none after the last.
 
-    Weights are stored ``[in, out]``, so that a batch is one plain matrix product, also without ``vmap``.
-
     Attributes:
-        weights: one matrix per layer.
+        weights: one matrix per layer, ``[out, in]``.
         biases: one vector per layer.
         activation: name of the nonlinearity, a key of ``ACTIVATIONS``.
     """
 
-    weights: list[Float[Array, "in out"]]
+    weights: list[Float[Array, "out in"]]
     biases: list[Float[Array, " out"]]
     activation: str = eqx.field(static=True)
 
@@ -72,13 +80,18 @@ class MLP(eqx.Module):
         sizes = [input_size, *hidden, output_size]
         keys = jax.random.split(key, len(sizes) - 1)
         gains = [math.sqrt(2.0)] * len(hidden) + [output_gain]
-        shapes = itertools.pairwise(sizes)
+        shapes = [(out, into) for into, out in itertools.pairwise(sizes)]
         self.weights = [orthogonal(k, s, g) for k, s, g in zip(keys, shapes, gains, strict=True)]
         self.biases = [jnp.zeros(size) for size in sizes[1:]]
         self.activation = activation
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        """Applies the network to one input or to a batch with any leading axes."""
+        # Inside, the batch is the last axis: on CPU, gradients of the weights are then products of rows with rows,
+        # which take two thirds of the time of products of columns with columns.
+        hidden = x.reshape(-1, x.shape[-1]).T
         activation = ACTIVATIONS[self.activation]
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            x = activation(x @ weight + bias)
-        return x @ self.weights[-1] + self.biases[-1]
+            hidden = activation(weight @ hidden + bias[:, None])
+        output = _materialize_gradient(self.weights[-1] @ hidden + self.biases[-1][:, None])
+        return output.T.reshape(*x.shape[:-1], -1)

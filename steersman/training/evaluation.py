@@ -15,6 +15,7 @@ from steersman.envs import Problem, as_problem
 from steersman.errors import require_count
 from steersman.policies import Policy
 from steersman.policies.storage import check_policy
+from steersman.training import prng
 from steersman.training.collect import episode_ends, reward_shape, where_done
 from steersman.training.statistics import stratified_bootstrap_interval
 
@@ -88,7 +89,7 @@ def evaluate(
 
         returns, lengths = host_episodes(problem, policy, episodes, seed, max_steps)
         return Evaluation(np.asarray(returns), np.asarray(lengths))
-    returns, lengths = _play(policy, problem, jax.random.key(seed), episodes, jnp.asarray(max_steps))
+    returns, lengths = _play(policy, problem, prng.key(seed), episodes, jnp.asarray(max_steps))
     return Evaluation(np.asarray(returns), np.asarray(lengths))
 
 
@@ -100,7 +101,7 @@ def evaluate_members(policies: PyTree, problem: Any, *, episodes: int = 32, seed
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], policies) for i in range(count)]
         return np.array([evaluate(p, problem, episodes=episodes, seed=seed).mean for p in each])
     modes = policies.mode()
-    key, limit = jax.random.key(seed), jnp.asarray(MAX_STEPS)
+    key, limit = prng.key(seed), jnp.asarray(MAX_STEPS)
     returns, _ = eqx.filter_vmap(lambda p: _play(p, problem, key, episodes, limit))(modes)
     return np.asarray(jnp.mean(jnp.sum(returns.reshape(count, episodes, -1), axis=-1), axis=1))
 
@@ -146,7 +147,7 @@ def record_episode(
         from steersman.training.host import record_host_episode
 
         return Episode(**record_host_episode(problem, policy, seed, max_steps))
-    states, observations, actions, rewards, over = _record(policy, problem, jax.random.key(seed), max_steps)
+    states, observations, actions, rewards, over = _record(policy, problem, prng.key(seed), max_steps)
     over = np.asarray(over)
     length = int(np.argmax(over)) + 1 if over.any() else max_steps
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -15,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from steersman.envs.gymnasium_bridge import GymnasiumProblem, HostEnvironments, Transition
 from steersman.envs.gymnasium_worker import RECORDED_INFO, episode_seed
-from steersman.errors import InputError, require, require_count
+from steersman.errors import InputError, InputTypeError, require, require_count
 from steersman.policies import Policy
 from steersman.training.collect import EpisodeStatistics, count_nonfinite, episode_ends, where_done
 from steersman.training.experience import Experience
@@ -77,10 +82,18 @@ def _merged(arrays: list[Any], constants: tuple[Any, ...]) -> list[Any]:
 
 
 def _kind_of(policies: PyTree) -> tuple[list[Any], tuple[Any, tuple[Any, ...]]]:
-    """The arrays of some policies, and all else about them."""
+    """The arrays of some policies, and all else about them, which programs are compiled for."""
     leaves, structure = jax.tree.flatten(policies)
     arrays = [leaf if eqx.is_array(leaf) else None for leaf in leaves]
-    return arrays, (structure, tuple(None if eqx.is_array(leaf) else leaf for leaf in leaves))
+    kind = (structure, tuple(None if eqx.is_array(leaf) else leaf for leaf in leaves))
+    try:
+        hash(kind)
+    except TypeError as error:
+        raise InputTypeError(
+            f"policies has a part that is neither a JAX array nor hashable ({error}), so nothing can be compiled for "
+            "it; make it an array leaf."
+        ) from None
+    return arrays, kind
 
 
 @jax.jit
@@ -281,7 +294,7 @@ class LiveRollout:
                     act(part)
                     send(part)
                     receive(part, t)
-        elif environments.workers > 0:
+        elif environments.workers or environments.threads:
             # Both halves are always under way: the workers take up one where they finished the other, and its
             # actions are computed meanwhile.
             for part in range(parts):
@@ -462,7 +475,8 @@ def record_host_episode(problem: GymnasiumProblem, policy: Policy, seed: int, ma
     Returns:
         ``observations``, ``actions`` and ``rewards`` with a leading time axis; ``states``, a dict of ``qpos`` and
         ``qvel`` for a MuJoCo simulation and an empty one otherwise; and ``frames``, RGB arrays of the same moments as
-        the observations, or None where the environment cannot draw itself.
+        the observations, or None where nothing can draw the environment. A MuJoCo simulation that finds no OpenGL is
+        drawn by :func:`steersman.envs.mujoco_scene`.
     """
     require_count("seed", seed, 0)
     require_count("max_steps", max_steps)
@@ -471,10 +485,11 @@ def record_host_episode(problem: GymnasiumProblem, policy: Policy, seed: int, ma
     env = _make_drawable(problem)
     try:
         observation, _ = env.reset(seed=episode_seed(seed, 0, 0))
-        frames: list[np.ndarray] | None = [] if env.render_mode == "rgb_array" else None
+        draw = _drawing(env)
+        frames: list[np.ndarray] | None = None if draw is None else []
         for t in range(max_steps):
-            if frames is not None:
-                frames.append(np.asarray(env.render()))
+            if draw is not None and frames is not None:
+                frames.append(draw())
             seen, state = problem.delivered(observation), _mujoco_state(env)
             batch = jax.tree.map(lambda leaf: leaf[None], seen)
             action, carry = _act(policy, batch, carry, restart, key, np.int32(t))
@@ -493,7 +508,7 @@ def record_host_episode(problem: GymnasiumProblem, policy: Policy, seed: int, ma
 def host_episode_frames(
     problem: GymnasiumProblem, policy: Policy, seed: int, max_steps: int = 1_000
 ) -> list[np.ndarray] | None:
-    """One episode as RGB frames, or None where the environment cannot draw itself (without OpenGL, say)."""
+    """One episode as RGB frames, or None where nothing can draw the environment."""
     return record_host_episode(problem, policy, seed, max_steps)["frames"]
 
 
@@ -501,22 +516,60 @@ def _make_drawable(problem: GymnasiumProblem) -> gymnasium.Env:
     """An environment that renders arrays if there is one; drawing is tried, since it can fail in any library."""
     if problem.spec is None or problem.spec.kwargs.get("render_mode") is not None:
         return problem.make()
-    try:
-        env = problem.make(render_mode="rgb_array")
-    except Exception:
-        return problem.make()
-    try:
-        env.reset(seed=0)
-        env.render()
-    except Exception:
-        with contextlib.suppress(Exception):
-            env.close()
-        return problem.make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is missing for drawing is not news: the answer is None
+        try:
+            env = problem.make(render_mode="rgb_array")
+        except Exception:
+            return problem.make()
+        if _mujoco_state(env):
+            return env
+        try:
+            env.reset(seed=0)
+            env.render()
+        except Exception:
+            with contextlib.suppress(Exception):
+                env.close()
+            return problem.make()
     return env
 
 
+def _drawing(env: gymnasium.Env) -> Callable[[], np.ndarray] | None:
+    """How a picture of `env` is made, or None."""
+    renders, simulation = env.render_mode == "rgb_array", _mujoco_simulation(env)
+    if simulation is None or (renders and _opengl_works()):
+        return (lambda: np.asarray(env.render())) if renders else None
+    from steersman.envs.rendering import mujoco_scene, paint
+
+    return lambda: np.asarray(paint(mujoco_scene(simulation.model, simulation.data)))
+
+
+@functools.cache
+def _opengl_works() -> bool:
+    """Whether MuJoCo's own renderer can draw here.
+
+    Asked of another process: where it cannot, MuJoCo raises an error the first time and ends the process the second.
+    """
+    program = (
+        "import gymnasium; env = gymnasium.make('InvertedPendulum-v5', render_mode='rgb_array'); env.reset(); "
+        "env.render()"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # where MuJoCo leaves its log
+        try:
+            done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+    return done.returncode == 0
+
+
+def _mujoco_simulation(env: gymnasium.Env) -> Any:
+    simulation = env.unwrapped
+    data = getattr(simulation, "data", None)
+    return simulation if hasattr(simulation, "model") and hasattr(data, "qpos") and hasattr(data, "qvel") else None
+
+
 def _mujoco_state(env: gymnasium.Env) -> dict[str, np.ndarray]:
-    data = getattr(env.unwrapped, "data", None)
-    if not (hasattr(data, "qpos") and hasattr(data, "qvel")):
-        return {}
-    return {"qpos": np.array(data.qpos), "qvel": np.array(data.qvel)}  # pyright: ignore
+    simulation = _mujoco_simulation(env)
+    return (
+        {} if simulation is None else {"qpos": np.array(simulation.data.qpos), "qvel": np.array(simulation.data.qvel)}
+    )

@@ -19,6 +19,7 @@ from jaxtyping import Array, Key, PyTree
 from steersman.envs import as_problem
 from steersman.errors import InputError, InputTypeError, NonFiniteError, RunError, require, require_count, unknown_name
 from steersman.policies import Policy
+from steersman.training import prng
 from steersman.training.algorithm import Algorithm, InteractiveAlgorithm, IterativeAlgorithm
 from steersman.training.checkpoints import from_arrays, to_arrays, to_host
 from steersman.training.collect import EpisodeStatistics
@@ -302,7 +303,7 @@ class _Runner:
 
     def __init__(self, algorithm: Algorithm, problem: Any, members: list[Member]):
         self.algorithm, self.problem, self.members = algorithm, problem, members
-        self.keys = jnp.stack([jax.random.key(m.seed) for m in members])
+        self.keys = jnp.stack([prng.key(m.seed) for m in members])
         self.stacked, self.axes = _with_settings(algorithm, members)
 
     state: PyTree

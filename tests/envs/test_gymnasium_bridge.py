@@ -264,7 +264,7 @@ def test_what_is_not_deterministic_is_not_continued():
         environments.reset()
         environments.step(np.zeros((2, 1)))
         snapshot = environments.snapshot()
-        with pytest.raises(RunError, match="Counting is not deterministic.*cannot be continued exactly"):
+        with pytest.raises(RunError, match=r"Counting is not deterministic.*cannot be continued exactly"):
             environments.restore(snapshot)
 
 
@@ -275,7 +275,7 @@ def test_snapshots_of_other_batches_are_refused():
         with pytest.raises(InputError, match="snapshot is 'of 3 environments'"):
             environments.restore(larger.snapshot())
         snapshot = environments.snapshot()
-        with pytest.raises(InputError, match="snapshot is .*'digest', 'episode', 'length'"):
+        with pytest.raises(InputError, match=r"snapshot is .*'digest', 'episode', 'length'"):
             environments.restore({"seed": snapshot["seed"]})
         with pytest.raises(InputError, match="snapshot is 'with other actions'"):
             environments.restore(snapshot | {"action/0": np.zeros((4, 2))})
@@ -308,7 +308,7 @@ def test_a_vector_environment_does_the_same():
         problem.start(4, 0)
     with pytest.raises(InputError, match="parts is 2, but it must be 1"):
         problem.start(3, 0, parts=2)
-    with pytest.raises(InputTypeError, match="problem is .*vector environment"):
+    with pytest.raises(InputTypeError, match=r"problem is .*vector environment"):
         problem.make()
 
 
@@ -432,9 +432,10 @@ def test_failing_environments_are_named(workers):
     problem = GymnasiumProblem(own_environment("fails", length=9))
     environments = problem.start(2, 0, workers=workers)
     environments.reset()
-    with pytest.raises(RunError, match="Counting failed.*ValueError: the arm is on fire"):
-        for _ in range(9):
-            environments.step(np.ones((2, 1)))
+    environments.step(np.ones((2, 1)))
+    environments.step(np.ones((2, 1)))
+    with pytest.raises(RunError, match=r"Counting failed.*ValueError: the arm is on fire"):
+        environments.step(np.ones((2, 1)))
     with pytest.raises(RunError, match="Counting was closed"):
         environments.reset()
     assert not multiprocessing.active_children()
@@ -447,25 +448,43 @@ def test_a_dead_worker_is_named_and_leaves_nothing_behind():
     assert len(processes) == 2
     os.kill(processes[0].pid, signal.SIGKILL)
     with pytest.raises(RunError, match=r"A worker process of Counting died \(exit status -9\)"):
-        for _ in range(3):
-            environments.step(np.zeros((2, 1)))
+        environments.step(np.zeros((2, 1)))
     assert not multiprocessing.active_children()
 
 
-def test_what_cannot_be_sent_stays_here():
+def test_what_cannot_be_sent_is_stepped_by_threads():
     lock = threading.Lock()
-    make = own_environment()
 
-    def closes_over_a_lock():
-        with lock:
-            return make()
+    def closing_over_a_lock(kind):
+        make = own_environment(kind)
 
-    problem = GymnasiumProblem(closes_over_a_lock, workers=2)
-    with pytest.warns(UserWarning, match="Counting is stepped in this process instead of 2 worker processes"):
-        environments = problem.start(2, 0)
+        def locked():
+            with lock:
+                return make()
+
+        return GymnasiumProblem(locked, workers=2)
+
+    problem = closing_over_a_lock("plain")
+    with pytest.warns(
+        UserWarning, match="Counting is stepped by 2 threads of this process instead of worker processes"
+    ):
+        environments = problem.start(5, 3)
+    actions = actions_of(problem, 5, 12)
+    expected = play(problem, 5, actions, workers=0)
     with environments:
-        assert environments.workers == 0
-        assert environments.reset().shape == (2, 2)
+        assert (environments.workers, environments.threads) == (0, 2)
+        np.testing.assert_array_equal(environments.reset(), expected[0][0])
+        for action, truth in zip(actions, expected[1:], strict=True):
+            observation, reward, terminated, truncated, info = environments.step(action)
+            assert_same([(observation, reward, terminated, truncated, info["final_observation"])], [truth])
+        environments.restore(environments.snapshot())
+    with pytest.warns(UserWarning, match="threads"):
+        failing = closing_over_a_lock("fails").start(2, 0)
+    failing.reset()
+    failing.step(np.ones((2, 1)))
+    failing.step(np.ones((2, 1)))
+    with pytest.raises(RunError, match="Counting failed: ValueError: the arm is on fire"):
+        failing.step(np.ones((2, 1)))
     assert not multiprocessing.active_children()
 
 

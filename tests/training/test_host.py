@@ -12,12 +12,15 @@ from gymnasium.vector import SyncVectorEnv
 from steersman.envs.gymnasium_bridge import GymnasiumProblem
 from steersman.envs.gymnasium_worker import episode_seed
 from steersman.envs.spaces import layout
-from steersman.errors import InputError
+from steersman.errors import InputError, InputTypeError
 from steersman.policies import Policy, Preprocess, head_for, make_policy
+from steersman.training import host
 from steersman.training.checkpoints import Checkpoints
 from steersman.training.host import HostRollout, host_episode_frames, host_episodes, record_host_episode
 
 KEYS = jax.random.split(jax.random.key(0), 2)
+# One size for most tests, so that most share their compiled functions.
+ROLLOUT = HostRollout(3, 10)
 
 
 def network(problem, key, memory=0):
@@ -49,17 +52,12 @@ def assert_same(first, second):
         np.testing.assert_array_equal(a, b)
 
 
-def seeds_of(live):
-    """The environments' seeds, member by member."""
-    return live.environments._seed.reshape(2, -1)
-
-
 @pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1"])
 def test_the_data_obeys_the_environment(name, cartpole, short_pendulum):
     problem = cartpole if name == "CartPole-v1" else short_pendulum
     policies = networks(problem)
-    with HostRollout(3, 30).init(problem, policies, KEYS) as live:
-        batches = [numpy_of(live.collect(policies)) for _ in range(2)]
+    with ROLLOUT.init(problem, policies, KEYS) as live:
+        batches = [numpy_of(live.collect(policies)) for _ in range(6)]
         numbers = list(zip(live.environments._seed, live.environments._number, strict=True))
     experience = jax.tree.map(lambda *leaves: np.concatenate(leaves, 1), *(batch[0] for batch in batches))
     assert experience.reward.shape == (2, 60, 3)
@@ -67,7 +65,7 @@ def test_the_data_obeys_the_environment(name, cartpole, short_pendulum):
     member_seeds = [seed for seed, number in numbers if number == 0]
     for member in range(2):
         for n in range(3):
-            env, episode, length, total = problem.make(), 0, 0, 0.0
+            env, episode = problem.make(), 0
             observation, _ = env.reset(seed=episode_seed(int(member_seeds[member]), n, 0))
             for t in range(60):
                 row = jax.tree.map(lambda leaf: leaf[member, t, n], experience)  # noqa: B023
@@ -89,7 +87,7 @@ def test_the_data_obeys_the_environment(name, cartpole, short_pendulum):
 
 def test_the_record_is_what_the_policy_knew(cartpole):
     policies = networks(cartpole)
-    with HostRollout(4, 6).init(cartpole, policies, KEYS) as live:
+    with ROLLOUT.init(cartpole, policies, KEYS) as live:
         experience, _ = live.collect(policies)
     for member in range(2):
         policy = jax.tree.map(lambda leaf: leaf[member] if eqx.is_array(leaf) else leaf, policies)  # noqa: B023
@@ -100,13 +98,13 @@ def test_the_record_is_what_the_policy_knew(cartpole):
         np.testing.assert_allclose(one.record.log_prob, chosen, atol=1e-6)
     # Different keys in every place: a coin that is fair falls on both sides in every step.
     assert 0.2 < float(jnp.mean(experience.action)) < 0.8
-    assert len(np.unique(np.asarray(experience.action).reshape(2 * 6, 4), axis=0)) > 4
+    assert len(np.unique(np.asarray(experience.action).reshape(2 * 10, 3), axis=0)) > 4
 
 
 def test_statistics_are_sums_over_the_episodes_that_ended(cartpole):
     policies = networks(cartpole)
-    with HostRollout(3, 40).init(cartpole, policies, KEYS) as live:
-        batches = [live.collect(policies) for _ in range(3)]
+    with ROLLOUT.init(cartpole, policies, KEYS) as live:
+        batches = [live.collect(policies) for _ in range(12)]
         assert live.samples.tolist() == [360, 360]
     experience = jax.tree.map(lambda *leaves: np.concatenate(leaves, 1), *(numpy_of(batch[0]) for batch in batches))
     for member in range(2):
@@ -127,15 +125,15 @@ def everything(problem, policies, rollout, keys=KEYS, batches=2):
 
 def test_overlap_and_workers_change_nothing(short_pendulum):
     policies = networks(short_pendulum, memory=4)
-    overlapped = everything(short_pendulum, policies, HostRollout(3, 7))
-    assert_same(overlapped, everything(short_pendulum, policies, HostRollout(3, 7, overlap=False)))
+    overlapped = everything(short_pendulum, policies, ROLLOUT)
+    assert_same(overlapped, everything(short_pendulum, policies, HostRollout(3, 10, overlap=False)))
     workers = GymnasiumProblem("Pendulum-v1", workers=2, make_options={"max_episode_steps": 9})
-    assert_same(overlapped, everything(workers, policies, HostRollout(3, 7)))
+    assert_same(overlapped, everything(workers, policies, ROLLOUT))
 
 
 def test_a_member_does_not_depend_on_the_others(cartpole):
-    both = everything(cartpole, networks(cartpole), HostRollout(4, 9))
-    alone = everything(cartpole, networks(cartpole, KEYS[1:]), HostRollout(4, 9), KEYS[1:])
+    both = everything(cartpole, networks(cartpole), ROLLOUT)
+    alone = everything(cartpole, networks(cartpole, KEYS[1:]), ROLLOUT, KEYS[1:])
     for (two, _), (one, _) in zip(both, alone, strict=True):
         np.testing.assert_array_equal(two.observation[1:, 0], one.observation[:, 0])
         np.testing.assert_array_equal(two.action[1:], one.action)
@@ -154,10 +152,10 @@ def test_memory_starts_anew_with_every_episode(short_pendulum):
         def __call__(self, observation, carry, key):
             return jnp.full(1, carry / 10), carry + 1.0
 
-    experience, _ = everything(short_pendulum, Counter(jnp.array([0.0, 5.0])), HostRollout(2, 12))[0]
-    within = np.arange(12) % 9
+    experience, _ = everything(short_pendulum, Counter(jnp.array([0.0, 5.0])), ROLLOUT)[0]
+    within = np.arange(10) % 9
     for member, start in enumerate((0, 5)):
-        np.testing.assert_array_equal(experience.carry[member], np.stack([within + start] * 2, 1))
+        np.testing.assert_array_equal(experience.carry[member], np.stack([within + start] * 3, 1))
         np.testing.assert_allclose(experience.action[member, :, 0, 0], (within + start) / 10, rtol=1e-6)
     assert experience.record == ()
 
@@ -165,9 +163,9 @@ def test_memory_starts_anew_with_every_episode(short_pendulum):
 @pytest.mark.parametrize("memory", [0, 4])
 def test_a_snapshot_continues_bit_for_bit_in_the_middle_of_episodes(short_pendulum, memory, tmp_path):
     policies = networks(short_pendulum, memory=memory)
-    rollout = HostRollout(3, 5)
     checkpoints = Checkpoints(tmp_path)
-    with rollout.init(short_pendulum, policies, KEYS) as live:
+    with ROLLOUT.init(short_pendulum, policies, KEYS) as live:
+        checkpoints.save(0, live.snapshot(), {})  # where no environment has been stepped yet
         live.collect(policies)
         checkpoints.save(1, live.snapshot(), {})
         expected = [numpy_of(live.collect(policies)) for _ in range(3)]
@@ -175,24 +173,24 @@ def test_a_snapshot_continues_bit_for_bit_in_the_middle_of_episodes(short_pendul
     loaded = checkpoints.load()[1]
     checkpoints.close()
     other_keys = jax.random.split(jax.random.key(9), 2)
-    with rollout.init(short_pendulum, policies, other_keys) as live:
+    with ROLLOUT.init(short_pendulum, policies, other_keys) as live:
         live.restore(loaded)
-        assert live.samples.tolist() == [15, 15]
+        assert live.samples.tolist() == [30, 30]
         assert_same(expected, [numpy_of(live.collect(policies)) for _ in range(3)])
         assert_same(expected_end, live.snapshot())
 
 
 def test_snapshots_of_other_rollouts_are_refused(cartpole, short_pendulum):
     policies = networks(cartpole)
-    with HostRollout(3, 5).init(cartpole, policies, KEYS) as live:
+    with ROLLOUT.init(cartpole, policies, KEYS) as live:
         snapshot = live.snapshot()
     with (
-        HostRollout(4, 5).init(cartpole, policies, KEYS) as live,
+        HostRollout(4, 10).init(cartpole, policies, KEYS) as live,
         pytest.raises(InputError, match="snapshot differs from this rollout in episode_length"),
     ):
         live.restore(snapshot)
     with (
-        HostRollout(3, 5).init(cartpole, networks(cartpole, memory=3), KEYS) as live,
+        ROLLOUT.init(cartpole, networks(cartpole, memory=4), KEYS) as live,
         pytest.raises(InputError, match="snapshot differs from this rollout in carry/0/0"),
     ):
         live.restore(snapshot)
@@ -200,11 +198,11 @@ def test_snapshots_of_other_rollouts_are_refused(cartpole, short_pendulum):
 
 def test_one_environment_and_vector_environments_have_one_half(cartpole):
     policies = networks(cartpole)
-    experience, _ = everything(cartpole, policies, HostRollout(1, 8))[0]
-    assert experience.reward.shape == (2, 8, 1)
+    experience, _ = everything(cartpole, policies, HostRollout(1, 10))[0]
+    assert experience.reward.shape == (2, 10, 1)
     vector = SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 6, autoreset_mode="Disabled")
-    together = everything(GymnasiumProblem(vector), policies, HostRollout(3, 8))
-    single = everything(cartpole, policies, HostRollout(3, 8))
+    together = everything(GymnasiumProblem(vector), policies, ROLLOUT)
+    single = everything(cartpole, policies, ROLLOUT)
     np.testing.assert_array_equal(together[0][0].action, single[0][0].action)
     np.testing.assert_allclose(together[1][0].observation, single[1][0].observation, rtol=1e-5)
 
@@ -255,7 +253,9 @@ def test_nested_observations_vector_rewards_and_costs():
     assert statistics.nonfinite_observations.tolist() == [0, 0]
     place = experience.observation["place"][:, 0, :, 0]
     # Each episode visits place + a, ..., place + 5 a: 5 place + 15 a.
-    np.testing.assert_allclose(statistics.return_sum[:, 0], 5 * place.sum(1) + 2 * 15 * np.array([0.5, 0.25]), rtol=1e-5)
+    np.testing.assert_allclose(
+        statistics.return_sum[:, 0], 5 * place.sum(1) + 2 * 15 * np.array([0.5, 0.25]), rtol=1e-5
+    )
 
 
 def test_episodes_are_whole_and_the_same_as_by_hand(cartpole):
@@ -275,15 +275,13 @@ def test_episodes_are_whole_and_the_same_as_by_hand(cartpole):
 
 
 def test_a_vector_environment_plays_several_episodes_in_a_row():
-    problem = GymnasiumProblem(
-        SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 2, autoreset_mode="Disabled")
-    )
+    problem = GymnasiumProblem(SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 2, autoreset_mode="Disabled"))
     policy = network(problem, jax.random.key(3)).mode()
     returns, _ = host_episodes(problem, policy, 5, 7)
     assert returns.shape == (5,)
     np.testing.assert_array_equal(returns[:2], host_episodes(problem, policy, 2, 7)[0])
     assert len(set(returns.tolist())) > 1
-    with pytest.raises(InputError, match="max_steps is 4, but CartPole-v1, a vector environment of 2, cannot start"):
+    with pytest.raises(InputError, match="max_steps is 4, but CartPole-v1, a vector environment of 2, cannot"):
         host_episodes(problem, policy, 3, 7, max_steps=4)
 
 
@@ -301,13 +299,31 @@ def test_an_episode_is_recorded_with_its_frames():
     assert len(host_episode_frames(problem, policy, 3, max_steps=2)) == 2
 
 
-def test_a_simulation_that_cannot_be_drawn_gives_its_states():
+def test_a_simulation_without_opengl_is_drawn_from_its_states(monkeypatch):
     pytest.importorskip("mujoco")
+    monkeypatch.setattr(host, "_opengl_works", lambda: False)
     problem = GymnasiumProblem("Hopper-v5", workers=0)
     kept = record_host_episode(problem, network(problem, jax.random.key(0)), 0, max_steps=8)
     assert kept["states"]["qpos"].shape == (8, 6)
     # The observation leaves out the first coordinate and clips velocities.
     np.testing.assert_array_equal(kept["observations"][:, :5], kept["states"]["qpos"][:, 1:].astype(np.float32))
+    assert len(kept["frames"]) == 8
+    for frame in kept["frames"]:
+        assert frame.dtype == np.uint8
+        assert len(np.unique(frame.reshape(-1, 3), axis=0)) > 5
+    assert not np.array_equal(kept["frames"][0], kept["frames"][7])
+
+
+def test_policies_with_loose_parts_are_refused(cartpole):
+    class Loose(Policy):
+        allowed: set
+
+        def __call__(self, observation, carry, key):
+            return jnp.asarray(min(self.allowed)), carry
+
+    policies = Loose({0, 1})
+    with pytest.raises(InputTypeError, match="policies has a part that is neither a JAX array nor hashable"):
+        ROLLOUT.init(cartpole, policies, KEYS)
 
 
 @pytest.mark.parametrize(

@@ -2,5 +2,7 @@
 
 from steersman.rl.on_policy.ppo import PPO
 from steersman.rl.on_policy.spo import SPO
+from steersman.rl.on_policy.trpo import TRPO, SinglePath, trust_region_step
+from steersman.rl.on_policy.vine import Vine
 
-__all__ = ["PPO", "SPO"]
+__all__ = ["PPO", "SPO", "TRPO", "SinglePath", "Vine", "trust_region_step"]
