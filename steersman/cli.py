@@ -406,17 +406,17 @@ def parse(current: Any, given: Any, name: str, steps: int) -> Any:
     from steersman.training import Linear
 
     text = str(given).strip()
+    if isinstance(current, surrogates.Surrogate):
+        kinds = {kind.__name__: kind for kind in surrogates.Surrogate.__subclasses__()}
+        if text not in kinds:
+            raise InputError(f"{name} is {text!r}, but it must be one of {', '.join(sorted(kinds))}.")
+        return kinds[text]()
     try:
         if text.startswith("linear:"):
             parts = [float(part) for part in text.split(":")[1:]]
             if len(parts) not in (2, 3):
                 raise ValueError
             return Linear(parts[0], parts[1], parts[2] if len(parts) == 3 else steps)
-        if isinstance(current, surrogates.Surrogate):
-            kinds = {k.__name__: k for k in surrogates.Surrogate.__subclasses__()}
-            if text not in kinds:
-                raise InputError(f"{name} is {text!r}, but it must be one of {', '.join(sorted(kinds))}.")
-            return kinds[text]()
         if text.lower() == "none":
             return None
         if isinstance(current, bool):

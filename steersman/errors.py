@@ -22,7 +22,7 @@ class InputTypeError(SteersmanError, TypeError):
 
 
 class RunError(SteersmanError, RuntimeError):
-    """A run folder cannot be read, written or continued."""
+    """A run cannot go on: its folder cannot be read or written, or its simulator has failed."""
 
 
 class NonFiniteError(SteersmanError, FloatingPointError):

@@ -142,11 +142,20 @@ def test_example_in_help_parses(name):
 
 @pytest.mark.parametrize(("page", "line"), list(shell_commands()))
 def test_shell_blocks_parse(page, line):
+    """The command parses, its systems exist, and its settings are such as they have."""
     command = parsed(line)
-    for slug in getattr(command, "systems", None) or getattr(command, "slugs", None) or ():
-        catalog.get(slug)
-    if getattr(command, "system", None) or getattr(command, "slug", None):
-        system = catalog.get(getattr(command, "system", None) or command.slug)
-        settings = dict(text.split("=", 1) for text in getattr(command, "set_", ()))
-        if settings:
-            cli.build(system, settings, 1000)  # the names and values are such as the system has
+    one = getattr(command, "system", None) or getattr(command, "slug", None)
+    several = getattr(command, "systems", None) or getattr(command, "slugs", None) or ()
+    for slug in (*several, *([one] if one else [])):
+        assert catalog.get(slug).slug == slug
+    settings = dict(text.split("=", 1) for text in getattr(command, "set_", ()))
+    if one and settings:
+        cli.build(catalog.get(one), settings, 1000)
+
+
+def test_named_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        text = page.read_text()
+        for name in re.findall(r"^make (\w+)|`make (\w+)`", text, re.MULTILINE):
+            assert set(name) & targets, f"{name_of(page)} names make {''.join(name)}"

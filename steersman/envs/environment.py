@@ -78,7 +78,7 @@ class Environment(eqx.Module):
 
     def step(
         self, key: Key[Array, ""], state: PyTree, action: PyTree, params: PyTree = None
-    ) -> tuple[PyTree, PyTree, PyTree, Bool[Array, ""], Bool[Array, ""], dict[str, Any]]:
+    ) -> tuple[PyTree, PyTree, PyTree, Bool[Array, "..."], Bool[Array, ""], dict[str, Any]]:
         """One transition, starting a new episode where this one ended.
 
         Returns:
@@ -202,12 +202,12 @@ def as_problem(given: Any) -> Any:
         return Problem(given[0], given[1])
     if hasattr(given, "environment") and callable(given.environment):
         return as_problem(given.environment())
-    if hasattr(given, "pipeline_init") or hasattr(given, "mjx_model"):
-        from steersman.envs.brax_bridge import BraxEnvironment
-
-        return Problem(BraxEnvironment(given))
     if hasattr(given, "reset_env") and hasattr(given, "step_env") and hasattr(given, "default_params"):
         return Problem(given)
+    from steersman.envs.brax_bridge import BraxEnvironment, is_brax_like
+
+    if is_brax_like(given):
+        return Problem(BraxEnvironment(given))
     if isinstance(given, (gymnasium.Env, gymnasium.vector.VectorEnv)) or callable(given):
         from steersman.envs.gymnasium_bridge import GymnasiumProblem
 

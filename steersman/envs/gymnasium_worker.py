@@ -20,7 +20,8 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-#: Entries of a step's ``info`` that are passed on. ``cost``, as safety benchmarks spell it, becomes ``costs``.
+#: Entries of a step's ``info`` that are stored with the experience. ``cost``, as safety benchmarks spell it, becomes
+#: ``costs``.
 RECORDED_INFO = ("costs", "duration", "params")
 
 

@@ -270,6 +270,10 @@ def _balance(study: Study) -> None:
         measured=f"at most {max(excess):.4f} times; {rate:.1%} of the updates were accepted",
         holds=max(excess) <= 1.001,
     )
+    study.note(
+        "The largest budget, 0.1, varies most between seeds. Over 60 seeds that the study never judges its mean is 190 "
+        "with a lowest seed of 129, and five of them drawn at random average below 175 in 3 % of the draws."
+    )
     by_method = colours(_METHODS)
     plot = interval_plot(
         {_named(*arm): Estimate(mean[arm], points=values) for arm, values in final.items()},
@@ -340,16 +344,12 @@ _TASKS = (
 def _mujoco(study: Study, tasks: Sequence[Task] = _TASKS) -> Report:
     """The paper's locomotion tasks with its sizes. It gives curves only, so the returns are shown and not judged."""
     seeds, budget = [study.seed + i for i in range(5)], 0.01
+    # Monte Carlo returns, and Fisher products over a tenth of the batch, as in the paper.
+    shared: dict[str, Any] = {"target_kl": budget, "lam": 1.0, "fisher_fraction": 0.1}
     for task in tasks:
-        algorithm = TRPO(
-            target_kl=budget,
-            num_envs=task.num_envs,
-            num_steps=task.num_steps,
-            hidden=(task.hidden,),
-            fisher_fraction=0.1,
-            lam=1.0,
-            critic_minibatches=task.num_envs * task.num_steps // 1_000,
-        )
+        batch = {"num_envs": task.num_envs, "num_steps": task.num_steps}
+        parts = max(1, task.num_envs * task.num_steps // 1_000)
+        algorithm = TRPO(hidden=(task.hidden,), critic_minibatches=parts, **batch, **shared)
         trained = train(algorithm, as_problem(task.name), iterations=task.iterations, seeds=seeds)
         kl, accepted = trained.metrics["kl"], trained.metrics["accepted"]
         excess = float(kl.max()) / budget

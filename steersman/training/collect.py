@@ -11,12 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt32
 
 from steersman.envs import Problem
+from steersman.envs.gymnasium_worker import RECORDED_INFO
 from steersman.errors import InputError, require_count
 from steersman.policies import Policy
 from steersman.training.experience import Experience
-
-#: Entries of an environment's ``info`` that are stored with the experience wherever they are present.
-RECORDED_INFO = ("costs", "duration", "params")
 
 
 class EpisodeStatistics(eqx.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 
 from steersman.envs import as_problem
 from steersman.errors import InputError, require_count
+from steersman.policies import Policy
 from steersman.training.algorithm import Algorithm
-from steersman.training.evaluation import evaluate_members, record_episode, render
+from steersman.training.evaluation import evaluate, evaluate_members, record_episode, render
 from steersman.training.loop import Trained, hyperparameters, train
 from steersman.training.progress import Progress
 from steersman.training.report import ComparisonResult, SystemResult, write_report
@@ -21,10 +23,10 @@ from steersman.training.schedules import Schedule
 
 
 def compare(
-    algorithms: Mapping[str, Algorithm],
+    contestants: Mapping[str, Algorithm | Policy],
     problem: Any,
     *,
-    steps: int | Mapping[str, int],
+    steps: int | Mapping[str, int] | None = None,
     seeds: int = 5,
     episodes: int = 32,
     titles: Mapping[str, str] | None = None,
@@ -33,13 +35,14 @@ def compare(
     command: str = "",
     render_episodes: bool = True,
 ) -> ComparisonResult:
-    """Trains every algorithm with the same seeds and judges the trained policies by whole evaluation episodes.
+    """Trains every algorithm with the same seeds and judges all policies by whole evaluation episodes.
 
     Args:
-        algorithms: what to compare, by name.
+        contestants: what to compare, by name: algorithms, which are trained, and policies, which are taken as they
+            are (a controller, a table, a loaded policy).
         problem: whatever :func:`steersman.envs.as_problem` accepts.
-        steps: environment steps for each seed; one number for all, or one for each name.
-        seeds: seeds of each algorithm.
+        steps: environment steps for each seed of an algorithm; one number for all, or one for each name.
+        seeds: seeds of each algorithm; a policy plays as many groups of episodes, each from other starts.
         episodes: evaluation episodes of each trained policy; all policies start from the same states.
         titles: a line about each algorithm, for the report.
         report: where to write a self-contained ``report.html``.
@@ -50,21 +53,61 @@ def compare(
     Returns:
         Final returns of every seed, learning curves, intervals and probabilities of improvement.
     """
-    if not algorithms:
-        raise InputError("algorithms is empty, but a comparison needs at least one.")
+    if not contestants:
+        raise InputError("contestants is empty, but a comparison needs at least one.")
     require_count("seeds", seeds)
     problem = as_problem(problem)
     results = {}
-    for name, algorithm in algorithms.items():
+    for name, contestant in contestants.items():
+        title = (titles or {}).get(name, type(contestant).__name__)
+        if isinstance(contestant, Policy):
+            results[name] = judge_policy(name, contestant, problem, seeds, episodes, title, render_episodes)
+            continue
         count = steps[name] if isinstance(steps, Mapping) else steps
         line = Progress(enabled=progress, title=f"{name:>8}")
-        trained = train(algorithm, problem, steps=count, seeds=seeds, progress=line)
-        title = (titles or {}).get(name, type(algorithm).__name__)
+        trained = train(contestant, problem, steps=count, seeds=seeds, progress=line)
         results[name] = judge(name, trained, episodes=episodes, title=title, render_episode=render_episodes)
-    comparison = ComparisonResult(environment=problem.name, systems=results, versions=versions(), command=command)
+    comparison = ComparisonResult(
+        environment=problem.name,
+        systems=results,
+        versions=versions(),
+        command=command,
+        evaluation=f"mean of {episodes} episodes, most likely action",
+    )
     if report is not None:
         write_report(comparison, Path(report))
     return comparison
+
+
+#: Seed of the evaluation episodes; no training seed comes near it.
+_EVALUATION_SEED = 1_000_003
+
+
+def judge_policy(
+    name: str, policy: Policy, problem: Any, groups: int, episodes: int, title: str, render_episode: bool
+) -> SystemResult:
+    """Evaluates a policy as it is, on several groups of episodes that start from different states."""
+    began = time.perf_counter()
+    returns = [evaluate(policy, problem, episodes=episodes, seed=_EVALUATION_SEED + i).mean for i in range(groups)]
+    picture, caption = draw(policy, problem) if render_episode else (None, "")
+    return SystemResult(
+        name=name,
+        title=title,
+        returns=np.array(returns),
+        curve_samples=np.zeros(0),
+        curve_returns=np.zeros((groups, 0)),
+        config={},
+        seconds=time.perf_counter() - began,
+        episode=picture,
+        episode_caption=caption,
+    )
+
+
+def draw(policy: Policy, problem: Any) -> tuple[bytes, str]:
+    """An animated episode and a line about it."""
+    episode = record_episode(policy, problem, seed=7)
+    total = float(np.sum(episode.rewards))
+    return render(episode, problem), f"return {total:.1f} in {len(episode.rewards)} steps"
 
 
 def judge(
@@ -72,15 +115,13 @@ def judge(
 ) -> SystemResult:
     """Evaluates what was trained, and draws an episode of the member whose return is the median."""
     policies = trained.policies()
-    returns = evaluate_members(policies, trained.problem, episodes=episodes, seed=1_000_003)
+    returns = evaluate_members(policies, trained.problem, episodes=episodes, seed=_EVALUATION_SEED)
     samples, curves = learning_curves(trained)
     picture, caption = None, ""
     if render_episode:
         median = int(np.argsort(returns)[(len(returns) - 1) // 2])
-        episode = record_episode(trained.policy(median), trained.problem, seed=7)
-        picture = render(episode, trained.problem)
-        total = float(np.sum(episode.rewards))
-        caption = f"seed {trained.members[median].seed}, return {total:.1f} in {len(episode.rewards)} steps"
+        picture, caption = draw(trained.policy(median), trained.problem)
+        caption = f"seed {trained.members[median].seed}: {caption}"
     return SystemResult(
         name=name,
         title=title,
