@@ -22,7 +22,7 @@ bench: .venv/.installed-all benchmarks/.venv-peers/.installed
 	$(BIN)/python benchmarks/ppo.py
 
 docs: .venv/.installed-all
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: .venv/.installed-all
 	$(BIN)/ruff check --fix .

@@ -159,9 +159,7 @@ def training(name: str) -> Training:
             key, order_key = jax.random.split(key)
             order = jax.random.permutation(order_key, worker.BATCH)
             shuffled = jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=0), rows)
-            minibatches = jax.tree.map(
-                lambda leaf: leaf.reshape((worker.MINIBATCHES, -1, *leaf.shape[1:])), shuffled
-            )
+            minibatches = jax.tree.map(lambda leaf: leaf.reshape((worker.MINIBATCHES, -1, *leaf.shape[1:])), shuffled)
             train_state, losses = jax.lax.scan(descend, train_state, minibatches)
             return (train_state, key), losses
 

@@ -64,20 +64,24 @@ def agent(name: str, iterations: int, evaluates: bool) -> PPO:
     return algorithm.replace(eval_callback=evaluation)
 
 
-start = jax.jit(PPO.init_state)
-train = jax.jit(PPO.train)
-go_on = jax.jit(lambda algorithm, state: algorithm.train(train_state=state))
+@functools.cache
+def whole(name: str, iterations: int) -> Callable[[Any], Any]:
+    """A whole training as one program."""
+    return jax.jit(agent(name, iterations, False).train)
 
 
 def stretch(task: worker.Task, iterations: int, seed: int) -> None:
-    jax.block_until_ready(train(agent(task.name, iterations, False), jax.random.PRNGKey(seed)))
+    jax.block_until_ready(whole(task.name, iterations)(jax.random.PRNGKey(seed)))
 
 
 def learn(task: worker.Task, seed: int, evaluated: Callable[[int, float], None]) -> None:
     algorithm = agent(task.name, worker.EVALUATE_EVERY, True)
-    state, iterations = start(algorithm, jax.random.PRNGKey(seed)), 0
+    # The agent is closed over: rejax keeps its learning rate in the optimizer, which is no argument of a program.
+    state = jax.jit(algorithm.init_state)(jax.random.PRNGKey(seed))
+    go_on = jax.jit(lambda state: algorithm.train(train_state=state))
+    iterations = 0
     while True:
-        state, returns = go_on(algorithm, state)
+        state, returns = go_on(state)
         iterations += worker.EVALUATE_EVERY
         evaluated(iterations, float(returns[-1]))
 

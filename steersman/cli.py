@@ -384,7 +384,7 @@ def build(system: catalog.System, settings: dict[str, Any], steps: int) -> Any:
         settings: hyperparameters by dotted name.
         steps: length of training, where a schedule that names no length ends.
     """
-    from steersman.training.loop import apply_settings, get_hyperparameter
+    from steersman.training.hyperparameters import apply_settings, get_hyperparameter
 
     algorithm = system.load()()
     values: dict[str, Any] = {}

@@ -55,7 +55,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     return InputError(f"Unknown {kind} {name!r}: {hint}")
 
 
-def require(condition: bool, argument: str, value: Any, allowed: str) -> None:
+def require(condition: bool | np.bool_, argument: str, value: Any, allowed: str) -> None:
     """Raises :class:`InputError` naming `argument`, its `value` and what is `allowed`, unless the condition holds."""
     if not condition:
         raise InputError(f"{argument} is {value!r}, but it must be {allowed}.")
@@ -81,9 +81,9 @@ def require_number(
 
     Values that are being traced by JAX cannot be looked at and pass.
     """
-    import jax
+    from jax.core import Tracer
 
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     parts = []
     if above is not None:

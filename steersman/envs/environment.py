@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import equinox as eqx
 import gymnasium
@@ -198,9 +198,10 @@ def as_problem(given: Any) -> Any:
         return make(given)
     if isinstance(given, Problem) or getattr(given, "on_host", False) or getattr(given, "is_problem", False):
         return given
-    if isinstance(given, tuple) and len(given) == 2 and hasattr(given[0], "step"):
-        return Problem(given[0], given[1])
-    if hasattr(given, "environment") and callable(given.environment):
+    if isinstance(given, tuple):
+        if len(given) == 2 and hasattr(given[0], "step"):
+            return Problem(given[0], given[1])
+    elif callable(getattr(given, "environment", None)):
         return as_problem(given.environment())
     if hasattr(given, "reset_env") and hasattr(given, "step_env") and hasattr(given, "default_params"):
         return Problem(given)
@@ -211,7 +212,7 @@ def as_problem(given: Any) -> Any:
     if isinstance(given, (gymnasium.Env, gymnasium.vector.VectorEnv)) or callable(given):
         from steersman.envs.gymnasium_bridge import GymnasiumProblem
 
-        return GymnasiumProblem(given)
+        return GymnasiumProblem(cast(Any, given))
     raise InputTypeError(
         f"problem is a {type(given).__name__}, but it must be an environment's name, a gymnax-style or Brax "
         "environment, an (environment, params) pair, a ControlProblem, a Gymnasium environment or a function "

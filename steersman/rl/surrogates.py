@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from steersman import objectives
 from steersman.errors import require_number
-from steersman.training.schedules import Schedule, scalar
+from steersman.training.schedules import Continuous, Schedule, Scheduled, scalar
 
 
 class SurrogateInputs(NamedTuple):
@@ -66,7 +66,7 @@ def _check(name: str, value: Any) -> None:
 class Clip(Surrogate):
     """PPO's clipped ratio (Schulman et al., 2017, arXiv:1707.06347, equation 7)."""
 
-    epsilon: Float[Array, ""] | Schedule = scalar(0.2)
+    epsilon: Scheduled = scalar(0.2)
 
     def __check_init__(self) -> None:
         _check("epsilon", self.epsilon)
@@ -89,7 +89,7 @@ class Unclipped(Surrogate):
 class QuadraticRatio(Surrogate):
     """SPO's quadratic penalty on the ratio (Xie et al., 2025, arXiv:2401.16025)."""
 
-    epsilon: Float[Array, ""] | Schedule = scalar(0.2)
+    epsilon: Scheduled = scalar(0.2)
 
     def __check_init__(self) -> None:
         _check("epsilon", self.epsilon)
@@ -103,7 +103,7 @@ class QuadraticRatio(Surrogate):
 class FixedKL(Surrogate):
     """A divergence penalty with a constant coefficient (arXiv:1707.06347, section 4)."""
 
-    beta: Float[Array, ""] | Schedule = scalar(1.0)
+    beta: Scheduled = scalar(1.0)
 
     def __check_init__(self) -> None:
         _check("beta", self.beta)
@@ -117,8 +117,8 @@ class FixedKL(Surrogate):
 class AdaptiveKL(Surrogate):
     """A divergence penalty that doubles or halves to stay near a target (arXiv:1707.06347, equation 8)."""
 
-    target: Float[Array, ""] | Schedule = scalar(0.01)
-    initial_beta: Float[Array, ""] = scalar(1.0)
+    target: Scheduled = scalar(0.01)
+    initial_beta: Continuous = scalar(1.0)
 
     def __check_init__(self) -> None:
         _check("target", self.target)

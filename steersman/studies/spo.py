@@ -8,7 +8,7 @@ larger tasks; here it is the mechanism that is judged, and the return only where
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +70,8 @@ def optimize_fixed_batch(surrogate: Surrogate, key: Key[Array, ""], steps: int) 
 
     def step(running: tuple, _: None) -> tuple[tuple, Array]:
         network, state = running
-        updates, state = optimizer.update(jax.grad(loss)(network), state)
-        network = optax.apply_updates(network, updates)
+        updates, state = optimizer.update(cast(Any, jax.grad(loss)(network)), state)
+        network = cast(MLP, jax.tree.map(jnp.add, network, updates))
         return (network, state), jnp.exp(log_ratio(network))
 
     return jax.lax.scan(step, (network, optimizer.init(network)), None, length=steps)[1]

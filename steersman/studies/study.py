@@ -84,7 +84,8 @@ class Study:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise InputTypeError(f"seed is {seed!r}, but it must be a whole number.")
         require(seed >= 0, "seed", seed, "at least 0")
-        self.slug, self.budget, self.seed = slug, cast(Budget, budget), seed
+        self.slug, self.seed = slug, seed
+        self.budget: Budget = cast(Budget, budget)
         self.folder = Path(folder) if folder is not None else Path("reports") / slug
         self.folder.mkdir(parents=True, exist_ok=True)
         self._began = time.perf_counter()

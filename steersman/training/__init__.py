@@ -5,7 +5,8 @@ from steersman.training.collect import Collector, EpisodeStatistics, Rollout
 from steersman.training.comparison import compare
 from steersman.training.evaluation import Evaluation, evaluate, evaluate_members, record_episode, render
 from steersman.training.experience import Experience
-from steersman.training.loop import Member, Trained, apply_settings, hyperparameters, train
+from steersman.training.hyperparameters import Member, apply_settings, hyperparameters
+from steersman.training.loop import Trained, train
 from steersman.training.minibatches import minibatch_epochs, shuffled
 from steersman.training.normalization import RewardScaler, RunningMoments
 from steersman.training.schedules import Linear, Schedule, resolve, scalar

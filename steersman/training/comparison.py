@@ -15,7 +15,8 @@ from steersman.errors import InputError, require_count
 from steersman.policies import Policy
 from steersman.training.algorithm import Algorithm
 from steersman.training.evaluation import evaluate, evaluate_members, record_episode, render
-from steersman.training.loop import Trained, hyperparameters, train
+from steersman.training.hyperparameters import hyperparameters
+from steersman.training.loop import Trained, train
 from steersman.training.progress import Progress
 from steersman.training.report import ComparisonResult, SystemResult, write_report
 from steersman.training.runs import versions

@@ -46,7 +46,7 @@ def _split(key: UInt32[Array, "2"], shape: Sequence[int]) -> UInt32[Array, "... 
     return jnp.stack(_threefry2x32(key, *_counts(shape)), axis=-1)
 
 
-def _fold_in(key: UInt32[Array, "2"], data: Array) -> UInt32[Array, "2"]:
+def _fold_in(key: UInt32[Array, "2"], data: int | Array) -> UInt32[Array, "2"]:
     return jnp.stack(_threefry2x32(key, jnp.zeros((), jnp.uint32), jnp.asarray(data, jnp.uint32)))
 
 

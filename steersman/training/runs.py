@@ -63,7 +63,7 @@ class Run:
     """One run folder, held by one process at a time. Where several processes train one run, only the first writes.
 
     Layout: ``config.yaml`` (all that is needed to repeat the run), ``checkpoints/``, ``metrics.parquet`` (one row per
-    iteration and member; parts in ``metrics/`` while the run goes on), ``policy/`` (one folder per member),
+    iteration and member; parts in ``metrics/`` while the run goes on), ``policies/`` (one folder per member),
     ``report.html``.
     """
 

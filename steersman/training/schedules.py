@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -28,6 +28,10 @@ def scalar(default: float | None) -> Any:
     return eqx.field(converter=as_scalar, default=default)
 
 
+#: A continuous hyperparameter: given as a number, held as an array leaf.
+Continuous = Float[Array, ""] | float
+
+
 class Schedule(eqx.Module):
     """A hyperparameter as a function of the environment steps (or other samples) taken so far."""
 
@@ -36,12 +40,20 @@ class Schedule(eqx.Module):
         """The value after `samples` samples."""
 
 
+#: A continuous hyperparameter that may also follow a schedule.
+if TYPE_CHECKING:
+    # Methods read it after `resolve`, which leaves no schedule behind; a type checker cannot know that.
+    Scheduled = Any
+else:
+    Scheduled = Continuous | Schedule
+
+
 class Linear(Schedule):
     """From ``start`` to ``end`` over ``steps`` samples, constant afterwards."""
 
-    start: Float[Array, ""] = eqx.field(converter=as_scalar)
-    end: Float[Array, ""] = eqx.field(converter=as_scalar)
-    steps: Float[Array, ""] = eqx.field(converter=as_scalar)
+    start: Continuous = eqx.field(converter=as_scalar)
+    end: Continuous = eqx.field(converter=as_scalar)
+    steps: Continuous = eqx.field(converter=as_scalar)
 
     def __check_init__(self) -> None:
         require_number("start", self.start)

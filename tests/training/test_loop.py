@@ -21,7 +21,7 @@ from steersman.policies import Policy, load_policy
 from steersman.rl.on_policy import PPO
 from steersman.training import IterativeAlgorithm, evaluate_members, train
 from steersman.training.checkpoints import to_arrays
-from steersman.training.loop import hyperparameters
+from steersman.training.hyperparameters import hyperparameters
 from steersman.training.runs import read_metrics
 
 ALGORITHM = PPO(num_envs=4, num_steps=8, hidden=(8,), epochs=2, minibatches=2, learning_rate=3e-3)

@@ -20,7 +20,7 @@ from steersman.training.algorithm import InteractiveAlgorithm
 from steersman.training.collect import Collector, Rollout, episode_ends
 from steersman.training.experience import Experience
 from steersman.training.normalization import RewardScaler, RunningMoments
-from steersman.training.schedules import Schedule, resolve, scalar
+from steersman.training.schedules import Continuous, Schedule, Scheduled, resolve, scalar
 
 
 class Learned(NamedTuple):
@@ -114,15 +114,15 @@ class ActorCritic(InteractiveAlgorithm, Generic[S]):
 
     num_envs: int = eqx.field(static=True, default=16)
     num_steps: int = eqx.field(static=True, default=128)
-    gamma: Float[Array, ""] | Schedule = scalar(0.99)
-    lam: Float[Array, ""] | Schedule = scalar(0.95)
+    gamma: Scheduled = scalar(0.99)
+    lam: Scheduled = scalar(0.95)
     hidden: tuple[int, ...] = eqx.field(static=True, default=(64, 64), converter=tuple)
     activation: str = eqx.field(static=True, default="tanh")
     memory: int = eqx.field(static=True, default=0)
-    initial_log_std: Float[Array, ""] = scalar(0.0)
+    initial_log_std: Continuous = scalar(0.0)
     normalize_observations: bool = eqx.field(static=True, default=False)
     normalize_rewards: bool = eqx.field(static=True, default=False)
-    reward_scale: Float[Array, ""] = scalar(1.0)
+    reward_scale: Continuous = scalar(1.0)
 
     def __check_init__(self) -> None:
         require_count("num_envs", self.num_envs)

@@ -25,7 +25,7 @@ from steersman.rl.surrogates import Clip, Surrogate, SurrogateInputs
 from steersman.training.algorithm import Metrics
 from steersman.training.experience import Experience
 from steersman.training.minibatches import minibatch_epochs
-from steersman.training.schedules import Schedule, scalar
+from steersman.training.schedules import Continuous, Schedule, Scheduled, scalar
 
 
 class PPO(ActorCritic[ActorCriticState]):
@@ -47,13 +47,13 @@ class PPO(ActorCritic[ActorCriticState]):
     """
 
     surrogate: Surrogate = eqx.field(default_factory=Clip)
-    learning_rate: Float[Array, ""] | Schedule = scalar(3e-4)
+    learning_rate: Scheduled = scalar(3e-4)
     epochs: int = eqx.field(static=True, default=10)
     minibatches: int = eqx.field(static=True, default=8)
-    value_coefficient: Float[Array, ""] | Schedule = scalar(0.5)
-    entropy_coefficient: Float[Array, ""] | Schedule = scalar(0.0)
-    max_gradient_norm: Float[Array, ""] = scalar(0.5)
-    value_clip: Float[Array, ""] | None = scalar(None)
+    value_coefficient: Scheduled = scalar(0.5)
+    entropy_coefficient: Scheduled = scalar(0.0)
+    max_gradient_norm: Continuous = scalar(0.5)
+    value_clip: Continuous | None = scalar(None)
     normalize_advantages: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import equinox as eqx
-from jaxtyping import Array, Float
 
 from steersman.rl.on_policy.ppo import PPO
 from steersman.rl.surrogates import QuadraticRatio, Surrogate
-from steersman.training.schedules import scalar
+from steersman.training.schedules import Continuous, scalar
 
 
 class SPO(PPO):
@@ -23,4 +22,4 @@ class SPO(PPO):
     """
 
     surrogate: Surrogate = eqx.field(default_factory=QuadraticRatio)
-    value_clip: Float[Array, ""] | None = scalar(0.2)
+    value_clip: Continuous | None = scalar(0.2)

@@ -40,7 +40,7 @@ from steersman.training.natural_gradient import (
     tree_dot,
 )
 from steersman.training.normalization import RewardScaler
-from steersman.training.schedules import Schedule, scalar
+from steersman.training.schedules import Continuous, Schedule, Scheduled, scalar
 
 #: The local model of the return as a function of the distribution parameters at every row of a batch.
 LocalModel = Callable[[PyTree], Float[Array, ""]]
@@ -112,8 +112,12 @@ def trust_region_step(
         line_search_shrink: factor between one fraction and the next, in (0, 1).
         line_search_trials: most fractions that are tried.
     """
-    old = network_fn(params)
-    before, gradient = jax.value_and_grad(lambda candidate: local_model(network_fn(candidate)))(params)
+
+    def objective(candidate: PyTree) -> tuple[Array, PyTree]:
+        parameters = network_fn(candidate)
+        return local_model(parameters), parameters
+
+    (before, old), gradient = jax.value_and_grad(objective, has_aux=True)(params)
     natural = natural_step(gradient, fisher, target_kl, iterations=cg_iterations)
 
     def evaluate(candidate: PyTree) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -224,19 +228,20 @@ class TRPO(ActorCritic[ActorCriticState]):
     """
 
     sampling: Sampling = eqx.field(default_factory=SinglePath)
-    target_kl: Float[Array, ""] | Schedule = scalar(0.01)
+    target_kl: Scheduled = scalar(0.01)
     cg_iterations: int = eqx.field(static=True, default=10)
-    damping: Float[Array, ""] | Schedule = scalar(0.1)
+    damping: Scheduled = scalar(0.1)
     fisher_fraction: float = eqx.field(static=True, default=1.0)
-    line_search_shrink: Float[Array, ""] = scalar(0.8)
+    line_search_shrink: Continuous = scalar(0.8)
     line_search_trials: int = eqx.field(static=True, default=10)
-    critic_learning_rate: Float[Array, ""] | Schedule = scalar(1e-3)
+    critic_learning_rate: Scheduled = scalar(1e-3)
     critic_epochs: int = eqx.field(static=True, default=10)
     critic_minibatches: int = eqx.field(static=True, default=8)
 
     def __check_init__(self) -> None:
         if not isinstance(self.sampling, Sampling):
             raise InputTypeError(f"sampling is {self.sampling!r}, but it must be a Sampling such as SinglePath().")
+        self.sampling.collector(self.num_envs, self.num_steps)  # which checks that its sizes fit together
         for name in ("cg_iterations", "line_search_trials", "critic_epochs", "critic_minibatches"):
             require_count(name, getattr(self, name))
         for name in ("target_kl", "critic_learning_rate"):

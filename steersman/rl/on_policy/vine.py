@@ -210,8 +210,9 @@ class VineRollout(Collector):
 class Vine(Sampling):
     """Action values from branches: every chosen state has several actions compared under the same random numbers.
 
-    The variance of the comparison is far below that of :class:`SinglePath`, at the price of many more steps of a
-    simulator that can start from any state. A branch is given up after ``length`` steps and ends with the critic's
+    What is common to the branches of a state drops out of the comparison: nearly all of the variance where noise comes
+    from outside, little of it where what happens next hangs on the policy's own draws. The price is many more steps of
+    a simulator that can start from any state. A branch is given up after ``length`` steps and ends with the critic's
     value, unless the episode ended before.
 
     With one branch for each of a problem's discrete actions, the local model of a state is
