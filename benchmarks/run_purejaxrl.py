@@ -195,10 +195,10 @@ def start(name: str, key: jax.Array) -> Runner:
     return training(name).init(key)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def go_on(name: str, runner: Runner) -> tuple[Runner, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def go_on(name: str, interval: int, runner: Runner) -> tuple[Runner, jax.Array]:
     """Training up to the next evaluation, and its mean return."""
-    runner = jax.lax.scan(training(name).update, runner, None, worker.EVALUATE_EVERY)[0]
+    runner = jax.lax.scan(training(name).update, runner, None, interval)[0]
     key, evaluation_key = jax.random.split(runner.key)
     return runner._replace(key=key), training(name).evaluate(runner.train_state, evaluation_key)
 
@@ -207,11 +207,11 @@ def stretch(task: worker.Task, iterations: int, seed: int) -> None:
     jax.block_until_ready(train(task.name, iterations, jax.random.PRNGKey(seed)))
 
 
-def learn(task: worker.Task, seed: int, evaluated: Callable[[int, float], None]) -> None:
+def learn(task: worker.Task, seed: int, interval: int, evaluated: Callable[[int, float], None]) -> None:
     runner, iterations = start(task.name, jax.random.PRNGKey(seed)), 0
     while True:
-        runner, mean_return = go_on(task.name, runner)
-        iterations += worker.EVALUATE_EVERY
+        runner, mean_return = go_on(task.name, interval, runner)
+        iterations += interval
         evaluated(iterations, float(mean_return))
 
 

@@ -74,15 +74,15 @@ def stretch(task: worker.Task, iterations: int, seed: int) -> None:
     jax.block_until_ready(whole(task.name, iterations)(jax.random.PRNGKey(seed)))
 
 
-def learn(task: worker.Task, seed: int, evaluated: Callable[[int, float], None]) -> None:
-    algorithm = agent(task.name, worker.EVALUATE_EVERY, True)
+def learn(task: worker.Task, seed: int, interval: int, evaluated: Callable[[int, float], None]) -> None:
+    algorithm = agent(task.name, interval, True)
     # The agent is closed over: rejax keeps its learning rate in the optimizer, which is no argument of a program.
     state = jax.jit(algorithm.init_state)(jax.random.PRNGKey(seed))
     go_on = jax.jit(lambda state: algorithm.train(train_state=state))
     iterations = 0
     while True:
         state, returns = go_on(state)
-        iterations += worker.EVALUATE_EVERY
+        iterations += interval
         evaluated(iterations, float(returns[-1]))
 
 

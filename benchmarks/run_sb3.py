@@ -64,7 +64,7 @@ def stretch(task: worker.Task, iterations: int, seed: int) -> None:
     agent(task, seed).learn(iterations * worker.BATCH)
 
 
-def learn(task: worker.Task, seed: int, evaluated: Callable[[int, float], None]) -> None:
+def learn(task: worker.Task, seed: int, interval: int, evaluated: Callable[[int, float], None]) -> None:
     evaluation = environments(task, worker.EVALUATION_EPISODES, 1.0)
     evaluation.seed(1_000 + seed)
 
@@ -73,7 +73,7 @@ def learn(task: worker.Task, seed: int, evaluated: Callable[[int, float], None])
 
         def _on_rollout_start(self) -> None:
             iterations = self.num_timesteps // worker.BATCH
-            if iterations and iterations % worker.EVALUATE_EVERY == 0:
+            if iterations and iterations % interval == 0:
                 evaluated(iterations, mean_return(self.model, evaluation))
 
         def _on_step(self) -> bool:

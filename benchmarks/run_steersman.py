@@ -44,11 +44,11 @@ def stretch(task: worker.Task, iterations: int, seed: int) -> None:
     jax.block_until_ready(trained.state.learned)
 
 
-def learn(task: worker.Task, seed: int, evaluated: Callable[[int, float], None]) -> None:
+def learn(task: worker.Task, seed: int, interval: int, evaluated: Callable[[int, float], None]) -> None:
     problem, algorithm = problem_and_algorithm(task.name)
 
     def on_chunk(iteration: int, state: Any) -> None:
-        if iteration % worker.EVALUATE_EVERY == 0:
+        if iteration % interval == 0:
             policy = jax.tree.map(lambda leaf: leaf[0], algorithm.policy(state))
             episodes = worker.EVALUATION_EPISODES
             evaluated(iteration, steersman.evaluate(policy, problem, episodes=episodes, seed=1_000 + iteration).mean)

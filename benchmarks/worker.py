@@ -7,6 +7,7 @@ peers', and imports neither.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -30,8 +31,7 @@ CLIP = 0.2
 VALUE_COEFFICIENT = 0.5
 MAX_GRADIENT_NORM = 0.5
 
-#: Iterations between evaluations (20,480 environment steps), and episodes of each.
-EVALUATE_EVERY = 10
+#: Episodes of one evaluation.
 EVALUATION_EPISODES = 16
 
 
@@ -65,7 +65,7 @@ class Enough(Exception):  # noqa: N818 - it ends a run that went well
 
 def serve(
     stretch: Callable[[Task, int, int], None],
-    learn: Callable[[Task, int, Callable[[int, float], None]], None],
+    learn: Callable[[Task, int, int, Callable[[int, float], None]], None],
     packages: Sequence[str],
 ) -> None:
     """Answers requests until standard input ends.
@@ -73,8 +73,9 @@ def serve(
     Args:
         stretch: called with ``(task, iterations, seed)``; trains a new agent for so many iterations and returns when
             its parameters are there.
-        learn: called with ``(task, seed, evaluated)``; trains a new agent and calls ``evaluated(iterations, mean
-            return)`` after every ``EVALUATE_EVERY`` iterations, until that raises :class:`Enough`.
+        learn: called with ``(task, seed, interval, evaluated)``; trains a new agent and calls
+            ``evaluated(iterations, mean return)`` after every `interval` iterations, until that raises
+            :class:`Enough`.
         packages: whose versions are told.
     """
     # What a library prints must not end up between the answers.
@@ -118,8 +119,6 @@ def _learn(learn: Callable, task: Task, request: dict) -> list[tuple[int, float,
         if iterations >= request["at_most"] or (reached and iterations >= request["at_least"]):
             raise Enough
 
-    try:
-        learn(task, request["seed"], evaluated)
-    except Enough:
-        pass
+    with contextlib.suppress(Enough):
+        learn(task, request["seed"], request["interval"], evaluated)
     return evaluations

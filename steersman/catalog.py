@@ -99,16 +99,20 @@ _LOCOMOTION = {
     "normalize_rewards": True,
     "steps": 1_000_000,
 }
+_TRUST_REGION_CARTPOLE = {"num_envs": 16, "num_steps": 128, "steps": 300_000}
+_TRUST_REGION_PENDULUM = {
+    "num_envs": 16,
+    "num_steps": 128,
+    "gamma": 0.95,
+    "reward_scale": 0.1,
+    "initial_log_std": -0.5,
+    "steps": 600_000,
+}
 _TRUST_REGION = {
-    "CartPole-v1": {"num_envs": 16, "num_steps": 128, "steps": 300_000},
-    "Pendulum-v1": {
-        "num_envs": 16,
-        "num_steps": 128,
-        "gamma": 0.95,
-        "reward_scale": 0.1,
-        "initial_log_std": -0.5,
-        "steps": 600_000,
-    },
+    "CartPole-v1": _TRUST_REGION_CARTPOLE,
+    "cartpole-discrete": _TRUST_REGION_CARTPOLE,
+    "Pendulum-v1": _TRUST_REGION_PENDULUM,
+    "pendulum-swingup": _TRUST_REGION_PENDULUM,
     "mujoco": {
         "num_envs": 8,
         "num_steps": 256,

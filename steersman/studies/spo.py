@@ -74,7 +74,7 @@ def optimize_fixed_batch(surrogate: Surrogate, key: Key[Array, ""], steps: int) 
         network = cast(MLP, jax.tree.map(jnp.add, network, updates))
         return (network, state), jnp.exp(log_ratio(network))
 
-    return jax.lax.scan(step, (network, optimizer.init(network)), None, length=steps)[1]
+    return jax.lax.scan(step, (network, optimizer.init(cast(Any, network))), None, length=steps)[1]
 
 
 def _fixed_batch(study: Study, seeds: list[int], steps: int) -> None:

@@ -85,6 +85,6 @@ class RewardScaler(eqx.Module):
         last, returns = jax.lax.scan(step, self.discounted_return, (reward, done))
         return RewardScaler(self.moments.update(returns), last)
 
-    def scale(self, reward: Float[Array, "T N"], clip: float = 10.0, epsilon: float = 1e-8) -> Float[Array, "T N"]:
+    def scale(self, reward: Float[Array, "..."], clip: float = 10.0, epsilon: float = 1e-8) -> Float[Array, "..."]:
         """Scaled rewards, clipped to ``[-clip, clip]``."""
         return jnp.clip(reward / jnp.sqrt(self.moments.variance + epsilon), -clip, clip)

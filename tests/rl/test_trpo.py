@@ -256,10 +256,10 @@ def test_memory_and_continuous_actions_under_all_normalizers():
     )
     problem = Problem(Pendulum().environment())
     state, experience = collected(algorithm, problem)
-    after, metrics = update(algorithm, state, experience)
+    both = eqx.filter_jit(lambda *given: (*update(*given), *prepared(*given)))
+    after, metrics, rows, unchanged = both(algorithm, state, experience)
     assert bool(metrics["accepted"])
     assert all(np.isfinite(value).all() for value in metrics.values())
-    rows, unchanged = prepared(algorithm, state, experience)
     np.testing.assert_allclose(unchanged.mean, rows.parameters.mean, atol=1e-5)
 
     step, vector = jax.jit(lambda network, x, carry: jax.vmap(network)(x, carry)), rows.features.vector
@@ -299,7 +299,7 @@ def test_side_by_side_is_one_by_one(cart_pole):
 
 @pytest.fixture(scope="module")
 def trained():
-    algorithm = TRPO(critic_epochs=4)
+    algorithm = TRPO(hidden=(32,), critic_epochs=4)
     return train(algorithm, Problem(DiscreteCartPole()), iterations=10, seeds=2, sweep={"target_kl": [0.003, 0.03]})
 
 

@@ -171,34 +171,26 @@ class Drift(Environment):
 
 @pytest.fixture(scope="module")
 def drift():
-    """Branches of drawn actions, with and without memory, and how another policy sees them."""
-    problem, found = Problem(Drift()), {}
-    for memory in (0, 3):
-        sampling = Vine(branches=3, states=20, length=10)
-        algorithm = TRPO(**{**TINY, "num_steps": 10}, memory=memory, sampling=sampling)
+    """Branches of drawn actions, and how another policy sees them."""
+    problem = Problem(Drift())
+    algorithm = TRPO(**{**TINY, "num_steps": 10}, sampling=Vine(branches=3, states=20, length=10))
 
-        @eqx.filter_jit
-        def run(algorithm, key):
-            state, collector = algorithm.init(problem, key), algorithm.collector
-            experience, _, _ = collector.collect(problem, state.actor, collector.init(problem, state.actor, key))
-            rows = in_rows(algorithm.estimate(state, experience)[0])
-            other = jax.tree.map(lambda leaf: leaf + 0.1, state.actor)
-            new = likelihood(other, rows)
-            value = algorithm.sampling.local_model(algorithm, state, experience, rows, None)(new)
-            q_value = algorithm.sampling.q_values(algorithm, state, experience.extras["branches"], None)
-            return state, experience, new, value, q_value
+    @jax.jit
+    def run(key):
+        state, collector = algorithm.init(problem, key), algorithm.collector
+        experience, _, _ = collector.collect(problem, state.actor, collector.init(problem, state.actor, key))
+        rows = in_rows(algorithm.estimate(state, experience)[0])
+        new = likelihood(jax.tree.map(lambda leaf: leaf + 0.1, state.actor), rows)
+        value = algorithm.sampling.local_model(algorithm, state, experience, rows, None)(new)
+        branches = experience.extras["branches"]
+        return state, branches, new, value, algorithm.sampling.q_values(algorithm, state, branches, None)
 
-        found[memory] = algorithm, *run(algorithm, jax.random.key(2))
-    return problem, found
+    return problem, algorithm, *run(jax.random.key(2))
 
 
-@pytest.mark.parametrize("memory", [0, 3])
-def test_local_model_of_drawn_actions_is_the_self_normalized_sum(drift, memory):
-    _, _, experience, new, value, q_value = drift[1][memory]
-    branches = experience.extras["branches"]
+def test_local_model_of_drawn_actions_is_the_self_normalized_sum(drift):
+    _, _, _, branches, new, value, q_value = drift
     mean, std = (np.asarray(x) for x in (new.mean, np.exp(new.log_std)))
-    if memory:
-        mean, std = (np.swapaxes(x, 0, 1) for x in (mean, std))
     mean, std = (x.reshape(10, 3, 1)[branches.time, branches.environment] for x in (mean, std))
     action, q_value = np.asarray(branches.action)[..., 0], np.asarray(q_value)
     log_prob = -0.5 * ((action - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)
@@ -211,8 +203,7 @@ def test_local_model_of_drawn_actions_is_the_self_normalized_sum(drift, memory):
 
 def test_common_random_numbers_leave_little_but_the_difference(drift):
     """With the same wind, two branches differ by their actions alone; with other winds, by all of it."""
-    problem, found = drift
-    algorithm, state, *_ = found[0]
+    problem, algorithm, state, *_, q_value = drift
     collector, actor, count = algorithm.collector, state.actor, 400
 
     @jax.jit
@@ -234,7 +225,6 @@ def test_common_random_numbers_leave_little_but_the_difference(drift):
     shared, independent = differences(jax.random.key(5))
     assert np.var(shared) < 0.05 * np.var(independent)
     # The collector gives the branches of a state the same wind: their returns differ as little.
-    q_value = np.asarray(found[0][-1])
     assert np.var(q_value[:, 0] - q_value[:, 1]) < 0.2 * np.var(independent)
 
 
@@ -286,7 +276,7 @@ def test_local_model_of_every_action_is_the_exact_sum():
 def test_learns_to_balance_within_few_iterations():
     sampling = Vine(branches=2, states=32, length=40)
     algorithm = TRPO(num_envs=8, num_steps=32, hidden=(16,), target_kl=0.05, critic_minibatches=1, sampling=sampling)
-    trained = train(algorithm, Problem(DiscreteCartPole()), iterations=16, seeds=2)
+    trained = train(algorithm, Problem(DiscreteCartPole()), iterations=16)
     assert np.nanmean(trained.returns[-4:]) > np.nanmean(trained.returns[:3]) + 40
     assert trained.samples[-1] == 16 * (8 * 32 + 32 * 2 * 40)
     np.testing.assert_array_equal(trained.state.samples, trained.samples[-1])

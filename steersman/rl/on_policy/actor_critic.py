@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree, UInt32
 
 from steersman import returns
-from steersman.envs import Problem
 from steersman.envs.spaces import layout
 from steersman.errors import InputError, require_count, require_number
 from steersman.networks import MLP
@@ -138,7 +137,7 @@ class ActorCritic(InteractiveAlgorithm, Generic[S]):
     def collector(self) -> Collector:
         return Rollout(self.num_envs, self.num_steps)
 
-    def init_networks(self, problem: Problem, key: Key[Array, ""]) -> tuple[NetworkPolicy, MLP]:
+    def init_networks(self, problem: Any, key: Key[Array, ""]) -> tuple[NetworkPolicy, MLP]:
         """A fresh actor and critic for the problem's spaces."""
         actor_key, critic_key = jax.random.split(key)
         preprocess = Preprocess(layout(problem.observation_space))
@@ -160,7 +159,7 @@ class ActorCritic(InteractiveAlgorithm, Generic[S]):
         critic = MLP(preprocess.size + self.memory, 1, self.hidden, self.activation, key=critic_key)
         return actor, critic
 
-    def init_state(self, problem: Problem, key: Key[Array, ""], optimizer: Any, method: PyTree) -> ActorCriticState:
+    def init_state(self, problem: Any, key: Key[Array, ""], optimizer: Any, method: PyTree) -> ActorCriticState:
         """The first state; `optimizer` is a function from the trainable part to the optimizer's state."""
         network_key, key = jax.random.split(key)
         actor, critic = self.init_networks(problem, network_key)

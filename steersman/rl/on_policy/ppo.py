@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,6 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from steersman import objectives
-from steersman.envs import Problem
 from steersman.errors import require, require_count, require_number
 from steersman.returns import standardize
 from steersman.rl.on_policy.actor_critic import (
@@ -77,7 +78,7 @@ class PPO(ActorCritic[ActorCriticState]):
             optax.chain(optax.clip_by_global_norm(self.max_gradient_norm), optax.scale_by_adam(eps=1e-5))
         )
 
-    def init(self, problem: Problem, key: Key[Array, ""]) -> ActorCriticState:
+    def init(self, problem: Any, key: Key[Array, ""]) -> ActorCriticState:
         return self.init_state(problem, key, self._optimizer().init, self.surrogate.init())
 
     def update(self, state: ActorCriticState, experience: Experience) -> tuple[ActorCriticState, Metrics]:

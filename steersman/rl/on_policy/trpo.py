@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -14,7 +14,6 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from steersman import objectives
-from steersman.envs import Problem
 from steersman.errors import InputTypeError, require, require_count, require_number
 from steersman.networks import MLP
 from steersman.policies import Head
@@ -259,7 +258,7 @@ class TRPO(ActorCritic[ActorCriticState]):
     def collector(self) -> Collector:
         return self.sampling.collector(self.num_envs, self.num_steps)
 
-    def init(self, problem: Problem, key: Key[Array, ""]) -> ActorCriticState:
+    def init(self, problem: Any, key: Key[Array, ""]) -> ActorCriticState:
         return self.init_state(problem, key, lambda learned: _adam().init(learned.critic), ())
 
     def update(self, state: ActorCriticState, experience: Experience) -> tuple[ActorCriticState, Metrics]:
