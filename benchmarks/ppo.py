@@ -322,9 +322,9 @@ def speed_table(task: str, results: dict[str, Any]) -> str:
                 title(name, results),
                 count(statistics.median(speed)),
                 f"{count(min(speed))} to {count(max(speed))}",
-                f"{statistics.median(relative):.2f}" if relative else "",
-                f"{min(relative):.2f} to {max(relative):.2f}" if relative else "",
-                f"{statistics.median(work):.2f} s",
+                f"{statistics.median(relative):.3g}" if relative else "",
+                f"{min(relative):.3g} to {max(relative):.3g}" if relative else "",
+                f"{statistics.median(work):.3g} s",
                 f"{compilation:.1f} s" if CONTESTANTS[name].jax else "",
             ]
         )
@@ -360,7 +360,7 @@ def learning_table(task: str, results: dict[str, Any]) -> str:
                 ", ".join("never" if r is None else f"{r[1]:.1f}" for r in reached),
                 _middle([None if r is None else float(r[0]) for r in reached], "{:,.0f}"),
                 ", ".join(f"over {limit:,}" if r is None else f"{r[0]:,}" for r in reached),
-                ", ".join(f"{_value_at(run, size.at_least):.0f}" for run in runs),
+                ", ".join(figures.format_count(round(_value_at(run, size.at_least))) for run in runs),
             ]
         )
     header = [
@@ -397,9 +397,10 @@ def verdicts(results: dict[str, Any]) -> list[str]:
         parts = []
         for name, aim in aims:
             ratio = statistics.median(ratios(timed, name))
-            kind = f"the fastest JAX peer, {CONTESTANTS[name].title}" if CONTESTANTS[name].jax else "Stable-Baselines3"
+            kind = CONTESTANTS[name].title
+            kind = f"the fastest JAX peer ({kind})" if CONTESTANTS[name].jax else kind
             state = "reached" if ratio >= aim else "not reached"
-            parts.append(f"{ratio:.2f} times the steps per second of {kind} (aim: {aim:g}, {state})")
+            parts.append(f"{ratio:.3g} times the steps per second of {kind} (aim: {aim:g}, {state})")
         if parts:
             sentences.append(f"{task}: Steersman takes " + " and ".join(parts) + ".")
     return sentences
@@ -486,13 +487,15 @@ _DIFFERENCES = """\
 def draw(results: dict[str, Any], path: Path) -> None:
     """Steps per second of each contestant and task: medians, ranges, and single stretches."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     tasks = [task for task, timed in results["stretches"].items() if any(rates(t) for t in timed.values())]
     if not tasks:
         return
     names = [n for n in CONTESTANTS if any(rates(results["stretches"][task].get(n, {})) for task in tasks)]
     colour = figures.colours(names)
+    every = [rate for timed in results["stretches"].values() for name in names for rate in rates(timed.get(name, {}))]
+    subs = (1.0, 2.0, 5.0) if math.log10(max(every) / min(every)) < 2.5 else (1.0,)
     figure = Figure(figsize=(5.6 * len(tasks) + 0.8, 1.5 + 0.6 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharex=True, sharey=True, squeeze=False)[0]
     for task, axes in zip(tasks, panels, strict=True):
@@ -515,13 +518,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
             )
         axes.set_title(task, fontsize=13, color=figures.LIGHT["ink"], loc="left")
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if _decades(results, names) < 1.2 else (1.0,)))
+        axes.xaxis.set_major_locator(LogLocator(subs=subs))
         axes.xaxis.set_major_formatter(FuncFormatter(figures.format_count))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("environment steps per second", fontsize=12, color=figures.LIGHT["ink"])
         axes.set_axisbelow(True)
-        axes.grid(axis="x", which="both", color=figures.LIGHT["grid"], linewidth=0.8)
-        axes.tick_params(which="both", colors=figures.LIGHT["muted"], labelcolor=figures.LIGHT["muted"], length=0)
+        axes.grid(axis="x", color=figures.LIGHT["grid"], linewidth=0.8)
+        axes.tick_params(colors=figures.LIGHT["muted"], length=0)
         axes.tick_params(axis="y", labelcolor=figures.LIGHT["ink"], labelsize=12.5)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
@@ -530,12 +533,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
     panels[0].set_yticks(range(len(names)), labels=[CONTESTANTS[name].title for name in names])
     panels[0].set_ylim(len(names) - 0.5, -0.65)
     figures.save_figure(figure, path)
-
-
-def _decades(results: dict[str, Any], names: Sequence[str]) -> float:
-    """How many powers of ten the rates span."""
-    found = [r for timed in results["stretches"].values() for name in names for r in rates(timed.get(name, {}))]
-    return math.log10(max(found) / min(found))
 
 
 def arguments() -> argparse.Namespace:

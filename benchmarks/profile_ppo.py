@@ -36,7 +36,7 @@ ESTIMATE = "values and advantages"
 SHUFFLE = "shuffling and standardizing"
 GRADIENT = "minibatch gradients"
 OPTIMIZER = "optimizer"
-REST = "metrics and the rest"
+REST = "metrics, loops and the rest"
 PARTS = (ROLLOUT, ESTIMATE, SHUFFLE, GRADIENT, OPTIMIZER, REST)
 
 #: The part that an operation belongs to, by the first of these functions on the way to its source line.
@@ -186,14 +186,20 @@ def operations(program: str) -> dict[str, Operation]:
             if metadata is None or metadata[2] is None:
                 unknown.append(named[1])
                 continue
-            calls = list(frames(int(metadata[2])))
-            part = _part([function for function, _ in calls])
-            parts[part] += 1
+            calls, kind = list(frames(int(metadata[2]))), _kind(metadata[1])
+            if not metadata[1].startswith("jit(") or kind == "while":
+                # A function that JAX traced once and used in several places remembers only one of them.
+                part = REST if kind == "while" else ""
+            else:
+                part = _part([function for function, _ in calls])
+                parts[part] += 1
             ours = next((place for _, place in calls if "/steersman/" in place or "/benchmarks/" in place), "")
             source = ours.rpartition("/steersman/")[2] if "/steersman/" in ours else Path(ours).name
-            found[named[1]] = Operation(part, _kind(metadata[1]), source)
-        if parts:
-            found |= {name: Operation(parts.most_common(1)[0][0], "", "") for name in unknown}
+            found[named[1]] = Operation(part, kind, source)
+            if not part:
+                unknown.append(named[1])
+        usual = parts.most_common(1)[0][0] if parts else REST
+        found |= {name: found.get(name, Operation("", "", ""))._replace(part=usual) for name in unknown}
         unknown.clear()
     return found
 
