@@ -145,7 +145,8 @@ class Process:
 
         timer = threading.Timer(self.patience, stop)
         timer.start()
-        line = self._process.stdout.readline()
+        # What a library prints while it is imported comes before the first answer.
+        line = next((line for line in iter(self._process.stdout.readline, "") if line.startswith("{")), "")
         timer.cancel()
         if late.is_set():
             raise Failed(f"no answer within {self.patience:.0f} s")
@@ -160,7 +161,7 @@ class Process:
         self._process.wait()
         self._log.seek(0)
         lines = [line.strip() for line in self._log if line.strip()]
-        return lines[-1][:200] if lines else f"ended with status {self._process.returncode}"
+        return f"ended with status {self._process.returncode}" + (f": {lines[-1][:200]}" if lines else "")
 
     def close(self) -> None:
         """Ends the process; nothing happens where it has ended by itself."""
@@ -243,6 +244,8 @@ def _time_stretches(
                     except Failed as failure:
                         timed[name] = {"failed": str(failure)}
                         say(f"{what}: failed: {failure}")
+                        if name in running:  # the next task starts it anew
+                            running.pop(name).close()
                         continue
                     timed[name].setdefault("stretches" if number else "first", []).append(answer)
                     rate = figures.format_count(answer["steps"] / answer["seconds"])
@@ -398,9 +401,9 @@ def verdicts(results: dict[str, Any]) -> list[str]:
         for name, aim in aims:
             ratio = statistics.median(ratios(timed, name))
             kind = CONTESTANTS[name].title
-            kind = f"the fastest JAX peer ({kind})" if CONTESTANTS[name].jax else kind
+            kind = f"the fastest JAX peer, {kind}," if CONTESTANTS[name].jax else kind
             state = "reached" if ratio >= aim else "not reached"
-            parts.append(f"{ratio:.3g} times the steps per second of {kind} (aim: {aim:g}, {state})")
+            parts.append(f"{ratio:.3g} times the steps per second of {kind} (aim: {aim:g}; {state})")
         if parts:
             sentences.append(f"{task}: Steersman takes " + " and ".join(parts) + ".")
     return sentences
@@ -576,8 +579,9 @@ def main() -> int:
         RESULTS.write_text(json.dumps(results, indent=1), encoding="utf-8")
         publish(results)
     else:
-        draw(results, page.ROOT / "reports" / "bench-ppo-partial.png")
-        say("Not a complete run: docs/benchmarks.md is left as it is.")
+        partial = RESULTS.with_name("bench-ppo-partial.png")
+        draw(results, partial)
+        say(f"Not a complete run: the figure is {partial.relative_to(page.ROOT)}, and the page is left as it is.")
     everything = [t for timed in results["stretches"].values() for t in timed.values()]
     everything += [run for runs in results["learning"].values() for each in runs.values() for run in each]
     return 1 if any("failed" in outcome for outcome in everything) else 0

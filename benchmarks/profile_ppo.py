@@ -28,6 +28,7 @@ import page
 import run_steersman
 import worker
 
+from steersman.returns import standardize
 from steersman.rl.on_policy.actor_critic import in_rows
 from steersman.training import minibatch_epochs, prng
 
@@ -81,8 +82,18 @@ class Bench:
             def pick(state: Any, minibatch: Any) -> tuple[Any, Any]:
                 return state, minibatch
 
-            sizes = {"epochs": worker.EPOCHS, "minibatches": worker.MINIBATCHES}
-            return minibatch_epochs(pick, jnp.zeros(()), rows, key, **sizes)[1]
+            def prepare(minibatch: Any) -> Any:
+                return minibatch._replace(advantage=standardize(minibatch.advantage))
+
+            return minibatch_epochs(
+                pick,
+                jnp.zeros(()),
+                rows,
+                key,
+                epochs=worker.EPOCHS,
+                minibatches=worker.MINIBATCHES,
+                prepare=prepare,
+            )[1]
 
         def gradients(state: Any, minibatches: Any, rate: Any) -> Any:
             def step(learned: Any, minibatch: Any) -> tuple[Any, None]:
@@ -102,7 +113,6 @@ class Bench:
             return jax.lax.scan(step, (state.learned, state.optimizer), None, length=count)[0]
 
         rate = jnp.asarray(1e-3)
-        self.whole = lambda: self.many(jnp.asarray(1), self.arrays)
         self.timed: dict[str, Callable[[], Any]] = {
             ROLLOUT: _compiled(self._collect, state, rollout),
             ESTIMATE: _compiled(algorithm.estimate, state, experience),
@@ -158,8 +168,10 @@ class Operation(NamedTuple):
     source: str
 
 
-def operations(program: str) -> dict[str, Operation]:
+def operations(program: str | None) -> dict[str, Operation]:
     """The operations of a compiled program, by name, from its text."""
+    if program is None:
+        return {}
     tables = {name: _table(program, name) for name in ("FileNames", "FunctionNames", "FileLocations", "StackFrames")}
 
     def frames(index: int) -> Iterable[tuple[str, str]]:
@@ -257,10 +269,16 @@ def _add_own_times(events: Iterable[Any], totals: collections.Counter[str]) -> N
 
 
 def profile(name: str, repeats: int, iterations: int, count: int) -> tuple[dict[str, float], float, str, list[str]]:
-    """The timed parts in seconds, the share of each part in the trace, and the operations that take longest.
+    """One task's parts and longest operations.
+
+    Args:
+        name: the task.
+        repeats: calls of each part.
+        iterations: how many are traced.
+        count: operations in the table.
 
     Returns:
-        ``(seconds of each part, seconds of an iteration, table of operations, shares in the trace)``.
+        ``(seconds of each part, seconds of an iteration, table of operations, share of each part in the trace)``.
     """
     bench = Bench(name)
     whole = seconds(lambda: bench.many(jnp.asarray(10), bench.arrays), max(3, repeats // 10)) / 10
@@ -269,7 +287,7 @@ def profile(name: str, repeats: int, iterations: int, count: int) -> tuple[dict[
     known = operations(bench.many.as_text())
     times = traced(lambda: bench.many(jnp.asarray(iterations), bench.arrays))
     total = sum(times.values())
-    by_part: collections.Counter[str] = collections.Counter()
+    by_part: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for operation, spent in times.items():
         by_part[known[operation].part if operation in known else REST] += spent
     longest = sorted(times.items(), key=lambda item: -item[1])[:count]
@@ -309,7 +327,7 @@ def block(tasks: list[str], repeats: int, iterations: int, count: int) -> str:
             f"One iteration of Steersman's PPO with the settings above: {worker.BATCH:,} environment steps, "
             f"{worker.EPOCHS * worker.MINIBATCHES} gradient steps. *Alone* is a part as a program of its own (median "
             f"of {repeats} calls), and the last part what the others leave of the whole; the trace sums the time of "
-            f"all threads over {iterations} iterations.",
+            f"all threads over {iterations} iterations, and its last part holds what loops cost by themselves.",
             page.table(header, rows),
             *tables,
             f"{page.machine()}; {page.today()}; jax {jax.__version__}; load average before the run {load:.1f}; "

@@ -387,6 +387,7 @@ def nested():
         (nested(), "policy is nested more than 64 levels deep"),
     ],
     ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_cannot_be_saved_is_refused_with_its_path(content, message, tmp_path):
     with pytest.raises(InputTypeError, match=message):
