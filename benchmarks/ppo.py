@@ -84,7 +84,7 @@ class Size(NamedTuple):
 
 
 FULL = Size(
-    repeats=5, iterations=245, slow_iterations=10, seeds=3, interval=10, at_least=50, at_most=150, patience=600.0
+    repeats=7, iterations=245, slow_iterations=20, seeds=3, interval=10, at_least=50, at_most=150, patience=600.0
 )
 QUICK = Size(repeats=2, iterations=3, slow_iterations=1, seeds=1, interval=1, at_least=1, at_most=2, patience=120.0)
 

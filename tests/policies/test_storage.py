@@ -386,7 +386,6 @@ def nested():
         (os.system, "policy.content is the builtin_function_or_method"),
         (nested(), "policy is nested more than 64 levels deep"),
     ],
-    ids=str,
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_cannot_be_saved_is_refused_with_its_path(content, message, tmp_path):
