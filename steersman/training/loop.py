@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from steersman.envs import as_problem
-from steersman.errors import InputError, NonFiniteError, RunError, require, require_count
+from steersman.envs import Problem, as_problem, check
+from steersman.errors import InputError, NonFiniteError, RunError, SteersmanError, require, require_count
 from steersman.policies import Policy
 from steersman.training.algorithm import Algorithm, InteractiveAlgorithm
 from steersman.training.hyperparameters import Member, apply_settings, get_hyperparameter, with_settings
@@ -130,7 +131,8 @@ def train(
             done, warnings = _restore(runner, folder, members)
             rows = _saved_rows(folder, len(members))
         else:
-            runner.start()
+            with _explained(problem):
+                runner.start()
         reporter = progress if isinstance(progress, Progress) else Progress(enabled=bool(progress))
         began = time.perf_counter()
         with reporter.running(total, done, runner.samples_per_iteration, len(members)):
@@ -140,7 +142,8 @@ def train(
             while done < total:
                 size = min(size, total - done, runner.capacity)
                 chunk_began = time.perf_counter()
-                metrics = runner.advance(size)
+                with _explained(problem):
+                    metrics = runner.advance(size)
                 elapsed = time.perf_counter() - chunk_began
                 _stop_on_nonfinite(metrics, runner, done, folder)
                 table = _table(metrics, done, runner.samples_per_iteration, members)
@@ -175,6 +178,17 @@ def train(
         runner.close()
         if folder is not None:
             folder.close()
+
+
+@contextlib.contextmanager
+def _explained(problem: Any) -> Iterator[None]:
+    """Lets an environment's defect be told in one sentence where JAX only sees that types or shapes do not fit."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        if not isinstance(error, SteersmanError) and isinstance(problem, Problem):
+            check(problem)
+        raise
 
 
 def _members(

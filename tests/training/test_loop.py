@@ -228,6 +228,41 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(tmp_path):
         train(wild, PROBLEM, iterations=9, run=tmp_path / "run")
 
 
+class Drifting(Broken):
+    """Its observation changes from whole numbers to floats with the first step."""
+
+    def reset_env(self, key, params):
+        return jnp.zeros(2, jnp.int32), jnp.zeros((), jnp.int32)
+
+
+class Merged(Broken):
+    """Gives five values, as if an episode could end in one way only."""
+
+    def step(self, key, state, action, params=None):
+        observation, state, reward, terminated, truncated, info = super().step(key, state, action, params)
+        return observation, state, reward, terminated | truncated, info
+
+
+@pytest.mark.parametrize(("kind", "message"), [(Drifting, "observation"), (Merged, r"step.*5 values")])
+def test_an_environment_that_breaks_its_contract_is_told_so(kind, message):
+    with pytest.raises((InputError, InputTypeError), match=message):
+        train(ALGORITHM, Problem(kind()), iterations=1)
+
+
+def test_a_resumed_run_on_a_host_simulator_ends_bit_identical(tmp_path):
+    def stop(iteration, state):
+        if iteration >= 2:
+            raise Interrupted
+
+    arguments = {"problem": "gymnasium:CartPole-v1", "iterations": 5, "seeds": 2}
+    whole = train(ALGORITHM, **arguments, run=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(ALGORITHM, **arguments, run=tmp_path / "run", on_chunk=stop)
+    resumed = train(ALGORITHM, **arguments, run=tmp_path / "run", resume=True)
+    same(resumed.state, whole.state)
+    assert (tmp_path / "run/metrics.parquet").read_bytes() == (tmp_path / "whole/metrics.parquet").read_bytes()
+
+
 class Halving(IterativeAlgorithm):
     """Divides a number by two: the smallest algorithm without interaction."""
 
