@@ -401,7 +401,7 @@ def verdicts(results: dict[str, Any]) -> list[str]:
         for name, aim in aims:
             ratio = statistics.median(ratios(timed, name))
             kind = CONTESTANTS[name].title
-            kind = f"the fastest JAX peer, {kind}," if CONTESTANTS[name].jax else kind
+            kind = f"{kind}, the fastest JAX peer" if CONTESTANTS[name].jax else kind
             state = "reached" if ratio >= aim else "not reached"
             parts.append(f"{ratio:.3g} times the steps per second of {kind} (aim: {aim:g}; {state})")
         if parts:
@@ -484,7 +484,8 @@ _DIFFERENCES = """\
   units of 2 N m, the peers' in N m.
 - Steersman's rates are those of whole calls of `steersman.train`, with its metrics of every update and its checks
   for NaN; while learning, it is called back after each iteration, as it has no fixed distance between evaluations.
-- Stable-Baselines3 steps Gymnasium's environments one after another (`DummyVecEnv`), with two threads for PyTorch."""
+- Stable-Baselines3 steps Gymnasium's environments one after another (`DummyVecEnv`), with one thread for PyTorch:
+  with two it is no faster here on a quiet machine, and many times slower on a busy one."""
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -568,8 +569,9 @@ def main() -> int:
             say(f"{CONTESTANTS[name].environment.relative_to(page.ROOT)} is missing: `make bench` makes it.")
             return 2
     size = QUICK if chosen.quick else FULL
-    if chosen.quick and chosen.tasks is None:
-        tasks = tasks[:1]
+    if chosen.quick:
+        say("A quick run shows that everything runs; with the compiler's optimizations off, its rates mean nothing.")
+        tasks = tasks if chosen.tasks else tasks[:1]
     size = size._replace(repeats=chosen.repeats or size.repeats)
     results = measure(names, tasks, size, chosen.quick)
     print(block(results))

@@ -156,12 +156,18 @@ def _gymnax_ids() -> tuple[str, ...]:
     return tuple(getattr(loaded, "registered_envs", ())) or _builtin_gymnax_ids()
 
 
+_MADE: dict[str, tuple[Any, Any]] = {}
+
+
 def _make_gymnax(name: str, options: dict[str, Any]) -> Problem:
     if name not in _gymnax_ids():
         raise unknown_name("gymnax environment", name, _gymnax_ids())
     import gymnax
 
-    environment, params = gymnax.make(name)
+    # gymnax's environments compare by identity: the same object each time lets compiled programs be used again.
+    if name not in _MADE:
+        _MADE[name] = gymnax.make(name)
+    environment, params = _MADE[name]
     fields = [field for field in getattr(params, "__dataclass_fields__", {})]
     arguments = [
         argument for argument in inspect.signature(type(environment).__init__).parameters if argument != "self"

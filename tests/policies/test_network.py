@@ -45,7 +45,7 @@ def test_feed_forward_network_is_the_written_out_product():
     policy = build(spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,)), activation="relu", initial_log_std=-0.5)
     x = np.array([0.3, -0.2, 0.9])
     (first, last), (one, two) = policy.network.trunk.weights, policy.network.trunk.biases
-    expected = np.maximum(x @ np.asarray(first) + one, 0) @ np.asarray(last) + two
+    expected = np.asarray(last) @ np.maximum(np.asarray(first) @ x + one, 0) + two
     parameters, carry = policy.parameters(jnp.asarray(x), policy.init(jax.random.key(0)))
     np.testing.assert_allclose(parameters.mean, expected, rtol=1e-5)
     np.testing.assert_allclose(parameters.log_std, [-0.5, -0.5])
