@@ -129,7 +129,7 @@ def train(
     try:
         if folder is not None and resume:
             done, warnings = _restore(runner, folder, members)
-            rows = _saved_rows(folder, len(members))
+            rows = [read_part(part) for part in folder.parts()]
         else:
             with _explained(problem):
                 runner.start()
@@ -298,10 +298,6 @@ def _stack(rows: list[dict[str, np.ndarray]], members: int) -> dict[str, np.ndar
     skipped = {"iteration", "samples", "seed"}
     names = [name for name in rows[0] if name not in skipped] if rows else []
     return {name: np.concatenate([r[name].reshape(-1, members) for r in rows]) for name in names}
-
-
-def _saved_rows(folder: Run, members: int) -> list[dict[str, np.ndarray]]:
-    return [read_part(part) for part in folder.parts()]
 
 
 def _write_policies(trained: Trained, folder: Run) -> None:
