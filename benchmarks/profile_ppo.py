@@ -72,7 +72,7 @@ class Bench:
         state, rollout = eqx.combine(self.arrays, self.fixed)
         experience = eqx.filter_jit(lambda s, r: self._collect(s, r)[0])(state, rollout)
         batch = eqx.filter_jit(lambda s, e: algorithm.estimate(s, e)[0])(state, experience)
-        rows, optimizer = in_rows(batch), algorithm._optimizer()
+        rows, optimizer = in_rows(state.actor, batch), algorithm._optimizer()
         count = worker.EPOCHS * worker.MINIBATCHES
         minibatches = jax.tree.map(
             lambda leaf: jnp.concatenate([leaf] * worker.EPOCHS).reshape((count, -1, *leaf.shape[1:])), rows
@@ -97,7 +97,7 @@ class Bench:
 
         def gradients(state: Any, minibatches: Any, rate: Any) -> Any:
             def step(learned: Any, minibatch: Any) -> tuple[Any, None]:
-                gradient = jax.grad(lambda learned: algorithm.loss(learned, state, minibatch)[0])(learned)
+                gradient = jax.grad(lambda learned: algorithm.loss(learned, state, minibatch, ())[0])(learned)
                 # The next gradient must depend on this one, or both would be computed side by side.
                 return jax.tree.map(lambda p, g: p - rate * g, learned, gradient), None
 

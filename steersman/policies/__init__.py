@@ -11,7 +11,7 @@ from steersman.policies.heads import (
     TanhGaussian,
     head_for,
 )
-from steersman.policies.network import ActorNetwork, FeedForward, NetworkPolicy, Recurrent, make_policy
+from steersman.policies.network import ActorNetwork, Architecture, FeedForward, NetworkPolicy, Recurrent, make_policy
 from steersman.policies.policy import Mode, Policy, Record, StochasticPolicy, Wrapper
 from steersman.policies.preprocessing import Features, Preprocess, Standardize
 from steersman.policies.storage import PolicyFileError, check_policy, load_policy, policy_fits, save_policy
@@ -21,6 +21,7 @@ from steersman.policies.wrappers import ActionFilter, ClipToBox, ObservationFilt
 __all__ = [
     "ActionFilter",
     "ActorNetwork",
+    "Architecture",
     "Categorical",
     "ChunkCarry",
     "ChunkPolicy",

@@ -63,6 +63,10 @@ class Head(eqx.Module):
     def kl(self, old: PyTree, new: PyTree) -> Float[Array, "..."]:
         """``KL(old || new)`` in nats."""
 
+    def kl_parts(self, old: PyTree, new: PyTree) -> tuple[Float[Array, "..."], ...]:
+        """The divergence in parts that can be bounded apart, each zero where its part of the parameters is equal."""
+        return (self.kl(old, new),)
+
     @abc.abstractmethod
     def fisher_product(self, parameters: PyTree, tangent: PyTree) -> PyTree:
         """Fisher information at `parameters` times `tangent`: the Hessian of the divergence at equality."""
@@ -333,6 +337,12 @@ class DiagonalGaussian(_Continuous):
         distance = ((old.mean - new.mean) * jnp.exp(-new.log_std)) ** 2
         return jnp.sum(new.log_std - old.log_std + 0.5 * (variance_ratio + distance - 1.0), axis=-1)
 
+    def kl_parts(self, old: GaussianParameters, new: GaussianParameters) -> tuple[Array, Array]:
+        """Divergence of the means under the old covariance, and of the covariances (arXiv:1909.12238, section 4)."""
+        mean = 0.5 * jnp.sum(((old.mean - new.mean) * jnp.exp(-old.log_std)) ** 2, axis=-1)
+        log_ratio = old.log_std - new.log_std
+        return mean, jnp.sum(0.5 * (jnp.exp(2.0 * log_ratio) - 1.0) - log_ratio, axis=-1)
+
     def fisher_product(self, parameters: GaussianParameters, tangent: GaussianParameters) -> GaussianParameters:
         return GaussianParameters(tangent.mean * jnp.exp(-2.0 * parameters.log_std), 2.0 * tangent.log_std)
 
@@ -386,6 +396,9 @@ class TanhGaussian(_Continuous):
     def kl(self, old: GaussianParameters, new: GaussianParameters) -> Float[Array, "..."]:
         # The divergence does not change under an invertible map of the samples.
         return self._gaussian().kl(old, new)
+
+    def kl_parts(self, old: GaussianParameters, new: GaussianParameters) -> tuple[Array, Array]:
+        return self._gaussian().kl_parts(old, new)
 
     def fisher_product(self, parameters: GaussianParameters, tangent: GaussianParameters) -> GaussianParameters:
         return self._gaussian().fisher_product(parameters, tangent)

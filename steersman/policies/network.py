@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -17,7 +18,15 @@ from steersman.policies.preprocessing import Features, Preprocess
 
 
 class ActorNetwork(eqx.Module):
-    """From a feature vector (and a memory) to distribution parameters: the learned part of a policy."""
+    """From a feature vector (and a memory) to distribution parameters: the learned part of a policy.
+
+    Attributes:
+        unrolled: whether what it puts out depends on the parameters through earlier steps too, so that a gradient
+            needs whole sequences. Where it is False, the recorded memory of a step is all that the step depends on,
+            and calls broadcast over leading axes.
+    """
+
+    unrolled: ClassVar[bool] = False
 
     def init(self, key: Key[Array, ""]) -> PyTree:
         """The memory before an episode's first step."""
@@ -40,6 +49,8 @@ class FeedForward(ActorNetwork):
 
 class Recurrent(ActorNetwork):
     """A gated recurrent unit (Cho et al., 2014, arXiv:1406.1078) and a linear layer that reads its state."""
+
+    unrolled: ClassVar[bool] = True
 
     cell: eqx.nn.GRUCell
     readout: Float[Array, "hidden out"]
@@ -75,8 +86,18 @@ class NetworkPolicy(StochasticPolicy):
     free: Float[Array, " free"]
     head: Head
 
+    @property
+    def unrolled(self) -> bool:
+        """Whether its likelihood must be unrolled through time (:class:`ActorNetwork`)."""
+        return self.network.unrolled
+
     def init(self, key: Key[Array, ""]) -> PyTree:
         return self.network.init(key)
+
+    def remember(self, features: Features, carry: PyTree, sample: PyTree) -> PyTree:
+        """The memory after a step on which `sample` was drawn."""
+        del sample
+        return self.from_features(features, carry)[1]
 
     def from_features(self, features: Features, carry: PyTree) -> tuple[PyTree, PyTree]:
         """Distribution parameters from an already preprocessed observation."""
@@ -88,6 +109,26 @@ class NetworkPolicy(StochasticPolicy):
 
     def parameters(self, observation: PyTree, carry: PyTree) -> tuple[PyTree, PyTree]:
         return self.from_features(self.preprocess(observation), carry)
+
+
+class Architecture(eqx.Module):
+    """Makes policies for whatever spaces a problem has: the policy class that an algorithm trains."""
+
+    #: Whether the policies' likelihoods must be unrolled through time (:class:`ActorNetwork`).
+    unrolled: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def make(
+        self, preprocess: Preprocess, head: Head, *, initial_log_std: Float[Array, ""] | float, key: Key[Array, ""]
+    ) -> NetworkPolicy:
+        """A fresh policy for a preprocessing and a family of action distributions.
+
+        Args:
+            preprocess: how observations become vectors.
+            head: the family of action distributions.
+            initial_log_std: start of a state-free log standard deviation of the actions.
+            key: randomness of the initialization.
+        """
 
 
 def make_policy(

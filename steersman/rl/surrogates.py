@@ -25,18 +25,23 @@ class SurrogateInputs(NamedTuple):
         kl: divergence of the new policy from the old one at each observation, ``KL(old || new)``.
         log_prob: log-probability of the action under the new policy.
         entropy: entropy of the new policy at each observation.
+        kl_parts: the divergence in parts that can be bounded apart (:meth:`~steersman.policies.Head.kl_parts`).
     """
 
     kl: Float[Array, "..."]
     log_prob: Float[Array, "..."]
     entropy: Float[Array, "..."]
+    kl_parts: tuple[Float[Array, "..."], ...] = ()
 
 
 class Surrogate(eqx.Module):
-    """A per-sample policy loss, to be minimized."""
+    """A per-sample policy loss, to be minimized.
+
+    It is called with a whole minibatch at once, so that a loss may weigh samples against each other.
+    """
 
     def init(self) -> PyTree:
-        """The surrogate's own state (an adaptive coefficient); empty unless it has one."""
+        """The surrogate's own state (an adaptive coefficient, multipliers); empty unless it has one."""
         return ()
 
     @abc.abstractmethod
@@ -52,10 +57,25 @@ class Surrogate(eqx.Module):
             state: the surrogate's own state.
         """
 
+    def learn(
+        self, log_ratio: Float[Array, "..."], advantage: Float[Array, "..."], inputs: SurrogateInputs, state: PyTree
+    ) -> PyTree:
+        """The next state after one gradient step, from the numbers that the step's loss was made of.
+
+        This is where multipliers and temperatures follow their own gradients. The arguments are those of the call.
+        """
+        del log_ratio, advantage, inputs
+        return state
+
     def adapt(self, state: PyTree, kl: Float[Array, ""]) -> PyTree:
-        """The next state, given the mean divergence that the last policy update reached."""
+        """The next state after all steps on a batch, given the mean divergence that they reached."""
         del kl
         return state
+
+    def penalty(self, state: PyTree) -> Float[Array, ""]:
+        """The present weight of a divergence from the old policy; one where the loss has no such term."""
+        del state
+        return jnp.ones(())
 
 
 def _check(name: str, value: Any) -> None:
@@ -75,6 +95,15 @@ class Clip(Surrogate):
         self, log_ratio: Float[Array, "..."], advantage: Float[Array, "..."], inputs: SurrogateInputs, state: PyTree
     ) -> Float[Array, "..."]:
         return objectives.clipped(log_ratio, advantage, self.epsilon)
+
+
+class Score(Surrogate):
+    """The score function's loss, ``-A log pi(a | s)``, whose gradient is the policy gradient (Williams, 1992)."""
+
+    def __call__(
+        self, log_ratio: Float[Array, "..."], advantage: Float[Array, "..."], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, "..."]:
+        return objectives.policy_gradient(inputs.log_prob, advantage)
 
 
 class Unclipped(Surrogate):
@@ -113,6 +142,9 @@ class FixedKL(Surrogate):
     ) -> Float[Array, "..."]:
         return objectives.kl_penalized(log_ratio, advantage, inputs.kl, self.beta)
 
+    def penalty(self, state: PyTree) -> Float[Array, ""]:
+        return jnp.asarray(self.beta)
+
 
 class AdaptiveKL(Surrogate):
     """A divergence penalty that doubles or halves to stay near a target (arXiv:1707.06347, equation 8)."""
@@ -134,3 +166,6 @@ class AdaptiveKL(Surrogate):
 
     def adapt(self, state: PyTree, kl: Float[Array, ""]) -> PyTree:
         return objectives.adaptive_kl(state, kl, self.target)
+
+    def penalty(self, state: PyTree) -> Float[Array, ""]:
+        return state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -52,8 +52,10 @@ class RolloutState(eqx.Module):
 class Collector(eqx.Module):
     """Gathers the experience of one iteration. Implementations name what they need of an environment."""
 
-    #: Abilities that the environment must have beyond ``reset`` and ``step``.
-    needs: ClassVar[frozenset[str]] = frozenset()
+    @property
+    def needs(self) -> frozenset[str]:
+        """Abilities that the environment must have beyond ``reset`` and ``step``, as verbs."""
+        return frozenset()
 
     @property
     @abc.abstractmethod
@@ -96,14 +98,20 @@ class Rollout(Collector):
     Attributes:
         num_envs: parallel copies ``N``.
         num_steps: steps per batch ``T``.
+        required: abilities that the environment must have because of what is learned from the batch.
     """
 
     num_envs: int = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
+    required: frozenset[str] = eqx.field(static=True, default=frozenset())
 
     def __check_init__(self) -> None:
         require_count("num_envs", self.num_envs)
         require_count("num_steps", self.num_steps)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.required
 
     @property
     def samples_per_iteration(self) -> int:

@@ -58,6 +58,7 @@ def minibatch_epochs(
     epochs: int,
     minibatches: int,
     prepare: Callable[[PyTree], PyTree] | None = None,
+    after_epoch: Callable[[State], State] | None = None,
 ) -> tuple[State, PyTree]:
     """Runs `update` over shuffled minibatches for several epochs.
 
@@ -70,6 +71,7 @@ def minibatch_epochs(
         minibatches: number of equal parts of one pass.
         prepare: what is done to a minibatch that does not depend on the state (standardizing, say). It is done to all
             minibatches of an epoch at once, which is much cheaper than one by one within the scan.
+        after_epoch: what is done to the state after each epoch.
 
     Returns:
         The last state, and the outputs stacked ``[epochs, minibatches, ...]``.
@@ -88,6 +90,7 @@ def minibatch_epochs(
             return ordered.reshape((minibatches, count // minibatches, *leaf.shape[1:]))
 
         arranged = jax.tree.map(arrange, rows)
-        return jax.lax.scan(update, state, arranged if prepare is None else jax.vmap(prepare)(arranged))
+        state, outputs = jax.lax.scan(update, state, arranged if prepare is None else jax.vmap(prepare)(arranged))
+        return state if after_epoch is None else after_epoch(state), outputs
 
     return jax.lax.scan(epoch, state, jax.random.split(key, epochs))

@@ -39,7 +39,7 @@ def test_first_gradient_is_the_policy_gradient(cart_pole):
     """At the old policy the ratio is one, so every surrogate's gradient is the policy gradient (oracle 1)."""
     _, state, experience = cart_pole
     algorithm = PPO(**SMALL, minibatches=1, value_coefficient=0.0)
-    rows = in_rows(algorithm.estimate(state, experience)[0])
+    rows = in_rows(state.actor, algorithm.estimate(state, experience)[0])
     advantage = np.asarray(rows.advantage)
     advantage = (advantage - advantage.mean()) / advantage.std()
     rows = rows._replace(advantage=jnp.asarray(advantage))
@@ -52,10 +52,9 @@ def test_first_gradient_is_the_policy_gradient(cart_pole):
     expected = flat(jax.grad(log_likelihood)(state.actor.network))
     for surrogate in (Clip(0.2), Clip(0.01), Unclipped(), QuadraticRatio(0.2), FixedKL(1.0), AdaptiveKL()):
         chosen = PPO(**SMALL, minibatches=1, value_coefficient=0.0, surrogate=surrogate)
-        with_state = eqx.tree_at(
-            lambda s: s.method, state, surrogate.init(), is_leaf=lambda x: isinstance(x, tuple) and x == ()
-        )
-        gradient = jax.grad(lambda learned: chosen.loss(learned, with_state, rows)[0])(state.learned)  # noqa: B023
+        gradient = jax.grad(lambda learned: chosen.loss(learned, state, rows, chosen.surrogate.init())[0])(
+            state.learned
+        )  # noqa: B023
         np.testing.assert_allclose(flat(gradient.network), expected, rtol=1e-3, atol=1e-6)
 
 
@@ -65,7 +64,7 @@ def test_one_full_batch_is_one_adam_step_of_a2c(cart_pole):
     settings = {**SMALL, "epochs": 1, "minibatches": 1, "normalize_advantages": False, "max_gradient_norm": 1e9}
     algorithm = PPO(**settings, surrogate=Clip(1e6), value_coefficient=0.0)
     after, _ = jax.jit(lambda s, e: algorithm.update(s, e))(state, experience)
-    rows = in_rows(algorithm.estimate(state, experience)[0])
+    rows = in_rows(state.actor, algorithm.estimate(state, experience)[0])
 
     def a2c(network):
         log_prob = jax.nn.log_softmax(network.trunk(rows.features.vector))
@@ -81,7 +80,7 @@ def test_one_full_batch_is_one_adam_step_of_a2c(cart_pole):
 
 def test_ratio_is_exactly_one_at_the_first_minibatch(cart_pole):
     _, state, experience = cart_pole
-    rows = in_rows(PPO(**SMALL).estimate(state, experience)[0])
+    rows = in_rows(state.actor, PPO(**SMALL).estimate(state, experience)[0])
     parameters = state.actor.from_features(rows.features, ())[0]
     np.testing.assert_allclose(state.actor.head.log_prob(parameters, rows.action), rows.log_prob, atol=1e-6)
 
@@ -220,10 +219,10 @@ def test_zero_advantages_leave_the_policy_alone(cart_pole):
 def test_spo_differs_from_ppo_in_the_surrogate_alone(cart_pole):
     _, state, experience = cart_pole
     same = {"value_clip": None, "minibatches": 1, **SMALL}
-    rows = in_rows(PPO(**same).estimate(state, experience)[0])
+    rows = in_rows(state.actor, PPO(**same).estimate(state, experience)[0])
     moved = jax.tree.map(lambda p: p + 0.3 * jnp.sign(p + 0.01), state.learned)
-    loss_ppo, parts_ppo = PPO(**same).loss(moved, state, rows)
-    loss_spo, parts_spo = SPO(**same).loss(moved, state, rows)
+    loss_ppo, (_, parts_ppo) = PPO(**same).loss(moved, state, rows, ())
+    loss_spo, (_, parts_spo) = SPO(**same).loss(moved, state, rows, ())
     assert float(parts_ppo["value_loss"]) == float(parts_spo["value_loss"])
     advantage = np.asarray(rows.advantage)
     log_prob = jax.nn.log_softmax(moved.network.trunk(rows.features.vector))

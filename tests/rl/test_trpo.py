@@ -35,7 +35,7 @@ def update(algorithm, state, experience):
 @eqx.filter_jit
 def prepared(algorithm, state, experience):
     """The rows of a batch, and the old policy's distribution at them as the networks give it now."""
-    rows = in_rows(algorithm.estimate(state, experience)[0])
+    rows = in_rows(state.actor, algorithm.estimate(state, experience)[0])
     return rows, likelihood(state.actor, rows)
 
 

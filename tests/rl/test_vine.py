@@ -179,7 +179,7 @@ def drift():
     def run(key):
         state, collector = algorithm.init(problem, key), algorithm.collector
         experience, _, _ = collector.collect(problem, state.actor, collector.init(problem, state.actor, key))
-        rows = in_rows(algorithm.estimate(state, experience)[0])
+        rows = in_rows(state.actor, algorithm.estimate(state, experience)[0])
         new = likelihood(jax.tree.map(lambda leaf: leaf + 0.1, state.actor), rows)
         value = algorithm.sampling.local_model(algorithm, state, experience, rows, None)(new)
         branches = experience.extras["branches"]
@@ -251,7 +251,7 @@ def test_local_model_of_every_action_is_the_exact_sum():
         state = algorithm.init(problem, key)
         collector = algorithm.collector
         experience, _, _ = collector.collect(problem, state.actor, collector.init(problem, state.actor, key))
-        rows = in_rows(algorithm.estimate(state, experience)[0])
+        rows = in_rows(state.actor, algorithm.estimate(state, experience)[0])
         model = algorithm.sampling.local_model(algorithm, state, experience, rows, None)
         branches = experience.extras["branches"]
         q_value = algorithm.sampling.q_values(algorithm, state, branches, None)

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree, UInt32
 
-from steersman import returns
 from steersman.envs.spaces import layout
-from steersman.errors import InputError, require_count, require_number
+from steersman.errors import InputError, InputTypeError, require_count, require_number
 from steersman.networks import MLP
-from steersman.policies import NetworkPolicy, Policy, Preprocess, head_for, make_policy
+from steersman.policies import Architecture, Head, NetworkPolicy, Policy, Preprocess, head_for, make_policy
 from steersman.policies.preprocessing import Features
+from steersman.rl.alternatives import Alternatives
+from steersman.rl.critics import Critic, Examples, Outcome, StateCritic
+from steersman.rl.surrogates import Surrogate, SurrogateInputs
 from steersman.training.algorithm import InteractiveAlgorithm
 from steersman.training.collect import Collector, Rollout, episode_ends
 from steersman.training.experience import Experience
@@ -23,11 +25,11 @@ from steersman.training.schedules import Continuous, Schedule, Scheduled, resolv
 
 
 class Learned(NamedTuple):
-    """What gradients change: the actor's network and state-free numbers, and the critic."""
+    """What gradients change: the actor's network and state-free numbers, and the critic's networks."""
 
     network: PyTree
     free: Float[Array, " free"]
-    critic: MLP
+    critic: PyTree
 
 
 class ActorCriticState(eqx.Module):
@@ -35,7 +37,7 @@ class ActorCriticState(eqx.Module):
 
     Attributes:
         actor: the policy, with the observation statistics that it acts under.
-        critic: the value network.
+        critic: the critic's networks.
         optimizer: state of the optimizer(s).
         moments: running moments of the observations, or None.
         reward_scaler: running scale of the rewards, or None.
@@ -45,7 +47,7 @@ class ActorCriticState(eqx.Module):
     """
 
     actor: NetworkPolicy
-    critic: MLP
+    critic: PyTree
     optimizer: PyTree
     moments: RunningMoments | None
     reward_scaler: RewardScaler | None
@@ -76,8 +78,10 @@ class Batch(NamedTuple):
         log_prob: their log-probability under the behaviour policy.
         parameters: the behaviour policy's distribution parameters.
         advantage: advantage estimates.
-        target: regression targets of the critic.
+        target: regression targets of the critic, in its own form.
         value: the critic's values when the batch was collected.
+        read: what the critic reads beyond features and memory.
+        alternatives: more samples beside each row, or None.
     """
 
     features: Features
@@ -87,8 +91,10 @@ class Batch(NamedTuple):
     log_prob: Float[Array, "T N"]
     parameters: PyTree
     advantage: Float[Array, "T N"]
-    target: Float[Array, "T N"]
+    target: PyTree
     value: Float[Array, "T N"]
+    read: PyTree = ()
+    alternatives: Alternatives | None = None
 
 
 S = TypeVar("S", bound=ActorCriticState)
@@ -105,6 +111,8 @@ class ActorCritic(InteractiveAlgorithm, Generic[S]):
         hidden: widths of the hidden layers of both networks.
         activation: their nonlinearity.
         memory: width of a recurrent actor's state; 0 for a feed-forward actor.
+        architecture: what makes the actor, in place of the three numbers above; None for those.
+        critic: what estimates values, and how they become advantages.
         initial_log_std: start of a Gaussian policy's log standard deviation, in units of the half-width of the box.
         normalize_observations: standardize observations by running moments, clipped to 10 deviations.
         normalize_rewards: divide rewards by the running deviation of the discounted return.
@@ -118,6 +126,8 @@ class ActorCritic(InteractiveAlgorithm, Generic[S]):
     hidden: tuple[int, ...] = eqx.field(static=True, default=(64, 64), converter=tuple)
     activation: str = eqx.field(static=True, default="tanh")
     memory: int = eqx.field(static=True, default=0)
+    architecture: Architecture | None = None
+    critic: Critic = eqx.field(default_factory=StateCritic)
     initial_log_std: Continuous = scalar(0.0)
     normalize_observations: bool = eqx.field(static=True, default=False)
     normalize_rewards: bool = eqx.field(static=True, default=False)
@@ -127,6 +137,10 @@ class ActorCritic(InteractiveAlgorithm, Generic[S]):
         require_count("num_envs", self.num_envs)
         require_count("num_steps", self.num_steps)
         require_count("memory", self.memory, minimum=0)
+        if self.architecture is not None and not isinstance(self.architecture, Architecture):
+            raise InputTypeError(f"architecture is {self.architecture!r}, but it must be an Architecture or None.")
+        if not isinstance(self.critic, Critic):
+            raise InputTypeError(f"critic is {self.critic!r}, but it must be a Critic such as StateCritic().")
         for name in ("gamma", "lam"):
             if not isinstance(getattr(self, name), Schedule):
                 require_number(name, getattr(self, name), at_least=0.0, at_most=1.0)
@@ -135,28 +149,41 @@ class ActorCritic(InteractiveAlgorithm, Generic[S]):
 
     @property
     def collector(self) -> Collector:
-        return Rollout(self.num_envs, self.num_steps)
+        return Rollout(self.num_envs, self.num_steps, self.critic.needs)
 
-    def init_networks(self, problem: Any, key: Key[Array, ""]) -> tuple[NetworkPolicy, MLP]:
-        """A fresh actor and critic for the problem's spaces."""
+    @property
+    def unrolled(self) -> bool:
+        """Whether the actor learns from whole sequences, because its memory must be unrolled through time."""
+        return self.memory > 0 if self.architecture is None else self.architecture.unrolled
+
+    def init_networks(self, problem: Any, key: Key[Array, ""]) -> tuple[NetworkPolicy, PyTree]:
+        """A fresh actor, and the critic's networks, for the problem's spaces."""
         actor_key, critic_key = jax.random.split(key)
         preprocess = Preprocess(layout(problem.observation_space))
         if self.normalize_observations:
             identity = RunningMoments.zeros((preprocess.size,)).standardizer()
             preprocess = Preprocess(preprocess.layout, identity)
-        actor = make_policy(
-            preprocess,
-            head_for(problem.action_space),
-            hidden=self.hidden,
-            activation=self.activation,
-            memory=self.memory,
-            initial_log_std=0.0,
-            key=actor_key,
+        head = head_for(problem.action_space)
+        if self.architecture is not None:
+            actor = self.architecture.make(preprocess, head, initial_log_std=self.initial_log_std, key=actor_key)
+        else:
+            actor = make_policy(
+                preprocess,
+                head,
+                hidden=self.hidden,
+                activation=self.activation,
+                memory=self.memory,
+                initial_log_std=0.0,
+                key=actor_key,
+            )
+            actor = eqx.tree_at(lambda a: a.free, actor, actor.free + self.initial_log_std)
+        # A memory is part of what the critic sees: without it, values of a partially observed problem would average
+        # over everything the actor remembers.
+        memory = jax.eval_shape(actor.init, jax.random.key(0))
+        size = preprocess.size + sum(leaf.size for leaf in jax.tree.leaves(memory))
+        critic = self.critic.init(
+            size, lambda size, key: MLP(size, 1, self.hidden, self.activation, key=key), critic_key
         )
-        actor = eqx.tree_at(lambda a: a.free, actor, actor.free + self.initial_log_std)
-        # A recurrent actor's memory is part of what the critic sees: without it, values of a partially observed
-        # problem would average over everything the actor remembers.
-        critic = MLP(preprocess.size + self.memory, 1, self.hidden, self.activation, key=critic_key)
         return actor, critic
 
     def init_state(self, problem: Any, key: Key[Array, ""], optimizer: Any, method: PyTree) -> ActorCriticState:
@@ -199,9 +226,14 @@ class ActorCritic(InteractiveAlgorithm, Generic[S]):
             reward = scaler.scale(reward)
         features = jax.vmap(jax.vmap(actor.preprocess))(experience.observation)
         value, next_value = self._values(state, experience, features)
-        advantage, target = returns.gae(
-            reward, value, next_value, experience.terminated, experience.truncated, self.gamma, self.lam
-        )
+        read = self.critic.read(actor.preprocess, experience)
+
+        def scale(part: Array) -> Array:
+            part = part * self.reward_scale
+            return part if scaler is None else scaler.scale(part)
+
+        outcome = Outcome(reward, value, next_value, experience.terminated, experience.truncated, scale, experience)
+        advantage, target = self.critic.estimate(state.critic, read, outcome, self.gamma, self.lam)
         start = jnp.concatenate([jnp.zeros_like(done[:1]), done[:-1]])
         record = experience.record
         batch = Batch(
@@ -214,6 +246,7 @@ class ActorCritic(InteractiveAlgorithm, Generic[S]):
             advantage=advantage,
             target=target,
             value=value,
+            read=read,
         )
         return batch, scaler
 
@@ -221,27 +254,27 @@ class ActorCritic(InteractiveAlgorithm, Generic[S]):
         self, state: ActorCriticState, experience: Experience, features: Features
     ) -> tuple[Float[Array, "T N"], Float[Array, "T N"]]:
         """Values before and after each step."""
-        actor, critic = state.actor, state.critic
+        actor = state.actor
 
         def value_of(vector: Array, carry: PyTree) -> Array:
-            return critic(jnp.concatenate([vector, *jax.tree.leaves(carry)], axis=-1))[..., 0]
+            return self.critic.value(state.critic, seen(vector, carry))
 
         value = value_of(features.vector, experience.carry)
 
-        def after(observation: PyTree, features: Features, carry: PyTree) -> Array:
+        def after(observation: PyTree, features: Features, carry: PyTree, sample: PyTree) -> Array:
             # The memory after the step: a restart may already have wiped the recorded one.
-            carry = jax.vmap(jax.vmap(actor.from_features))(features, carry)[1]
+            carry = jax.vmap(jax.vmap(actor.remember))(features, carry, sample)
             vector = jax.vmap(jax.vmap(actor.preprocess))(observation).vector
             return value_of(vector, carry)
 
-        last = jax.tree.map(lambda x: x[-1:], (experience.next_observation, features, experience.carry))
-        shifted = jnp.concatenate([value[1:], after(*last)])
+        steps = (experience.next_observation, features, experience.carry, experience.record.action)
+        shifted = jnp.concatenate([value[1:], after(*jax.tree.map(lambda x: x[-1:], steps))])
         # The next row holds the value after this step except where the episode was cut, which is rare: the final
         # observations are evaluated only if there is one. (Where the task ended, nothing is bootstrapped.)
         cut = jnp.logical_and(experience.truncated, jnp.logical_not(experience.terminated))
         next_value = jax.lax.cond(
             jnp.any(cut),
-            lambda: jnp.where(cut, after(experience.next_observation, features, experience.carry), shifted),
+            lambda: jnp.where(cut, after(*steps), shifted),
             lambda: shifted,
         )
         return value, next_value
@@ -264,20 +297,25 @@ class ActorCritic(InteractiveAlgorithm, Generic[S]):
         )
 
 
-def in_rows(batch: Batch) -> Batch:
+def seen(vector: Float[Array, "... D"], carry: PyTree) -> Float[Array, "... size"]:
+    """What a critic sees: the features and the actor's memory."""
+    return jnp.concatenate([vector, *jax.tree.leaves(carry)], axis=-1)
+
+
+def in_rows(actor: NetworkPolicy, batch: Batch) -> Batch:
     """A batch as the rows that minibatches are made of.
 
-    Without memory a row is one transition ``[T N, ...]``; with memory it is one environment's sequence ``[N, T, ...]``,
-    so that a recurrent actor can be unrolled.
+    A row is one transition ``[T N, ...]``. For an actor whose memory must be unrolled it is one environment's sequence
+    ``[N, T, ...]``.
     """
-    if jax.tree.leaves(batch.carry):
+    if actor.unrolled:
         return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), batch)
     return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), batch)
 
 
 def likelihood(actor: NetworkPolicy, rows: Batch) -> PyTree:
-    """Distribution parameters of `actor` at every row, unrolling its memory where it has one."""
-    if not jax.tree.leaves(rows.carry):
+    """Distribution parameters of `actor` at every row, unrolling its memory where it has to be."""
+    if not actor.unrolled:
         return actor.from_features(rows.features, rows.carry)[0]
 
     def unroll(features: Features, carry: PyTree, start: Bool[Array, " T"]) -> PyTree:
@@ -295,6 +333,53 @@ def likelihood(actor: NetworkPolicy, rows: Batch) -> PyTree:
     return jax.vmap(unroll)(rows.features, rows.carry, rows.start)
 
 
-def values(critic: MLP, rows: Batch) -> Float[Array, "..."]:
-    """The critic's value at every row."""
-    return critic(jnp.concatenate([rows.features.vector, *jax.tree.leaves(rows.carry)], axis=-1))[..., 0]
+class Samples(NamedTuple):
+    """What a surrogate is called with, for every sample of some rows: ``[B]``, or ``[B, 1 + K]`` with alternatives."""
+
+    log_ratio: Float[Array, "..."]
+    advantage: Float[Array, "..."]
+    inputs: SurrogateInputs
+
+    def loss(self, surrogate: Surrogate, state: PyTree) -> Float[Array, ""]:
+        """The mean of a surrogate's losses: over the samples of each row, and over rows."""
+        return jnp.mean(surrogate(self.log_ratio, self.advantage, self.inputs, state))
+
+
+def samples(actor: NetworkPolicy, rows: Batch) -> Samples:
+    """The samples of some rows, and of the alternatives beside them, under a policy."""
+    parameters = likelihood(actor, rows)
+    more = rows.alternatives
+    if more is None:
+        return samples_at(actor.head, rows, parameters)
+
+    def beside(own: PyTree, others: PyTree) -> PyTree:
+        return jax.tree.map(lambda o, k: jnp.concatenate([o[:, None], k], axis=1), own, others)
+
+    if more.features is None:
+        there = jax.tree.map(lambda p, k: jnp.broadcast_to(p[:, None], k.shape), parameters, more.parameters)
+    else:
+        there = actor.from_features(more.features, ())[0]
+    together = rows._replace(
+        action=beside(rows.action, more.action),
+        log_prob=beside(rows.log_prob, more.log_prob),
+        parameters=beside(rows.parameters, more.parameters),
+        advantage=beside(rows.advantage, more.advantage),
+    )
+    return samples_at(actor.head, together, beside(parameters, there))
+
+
+def samples_at(head: Head, rows: Batch, parameters: PyTree) -> Samples:
+    """The samples of some rows under a policy whose distribution parameters there are `parameters`."""
+    log_prob = head.log_prob(parameters, rows.action)
+    inputs = SurrogateInputs(
+        kl=head.kl(rows.parameters, parameters),
+        log_prob=log_prob,
+        entropy=head.entropy(parameters),
+        kl_parts=head.kl_parts(rows.parameters, parameters),
+    )
+    return Samples(log_prob - rows.log_prob, rows.advantage, inputs)
+
+
+def examples(rows: Batch) -> Examples:
+    """What a critic regresses on."""
+    return Examples((seen(rows.features.vector, rows.carry), rows.read), rows.value, rows.target)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import equinox as eqx
 
-from steersman.rl.on_policy.ppo import PPO
+from steersman.rl.on_policy.first_order import FirstOrder
 from steersman.rl.surrogates import QuadraticRatio, Surrogate
 from steersman.training.schedules import Continuous, scalar
 
 
-class SPO(PPO):
+class SPO(FirstOrder):
     """PPO's loop with a surrogate that pulls probability ratios back instead of only letting go of them.
 
     The loss ``-(r A - |A| (r - 1)^2 / (2 epsilon))`` is smooth and has its one optimum at

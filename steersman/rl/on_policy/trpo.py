@@ -15,18 +15,20 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from steersman import objectives
 from steersman.errors import InputTypeError, require, require_count, require_number
-from steersman.networks import MLP
 from steersman.policies import Head
 from steersman.returns import standardize
+from steersman.rl.critics import Examples
 from steersman.rl.on_policy.actor_critic import (
     ActorCritic,
     ActorCriticState,
     Batch,
     Learned,
+    examples,
     in_rows,
     likelihood,
-    values,
+    samples_at,
 )
+from steersman.rl.surrogates import Surrogate, Unclipped
 from steersman.training.algorithm import Metrics
 from steersman.training.collect import Collector, Rollout
 from steersman.training.experience import Experience
@@ -152,8 +154,11 @@ class Sampling(eqx.Module):
     """How experience becomes a local model of the return (section 5 of the paper)."""
 
     @abc.abstractmethod
-    def collector(self, num_envs: int, num_steps: int) -> Collector:
-        """Gathers trajectories of `num_steps` steps from `num_envs` environments, and what else the model needs."""
+    def collector(self, num_envs: int, num_steps: int, required: frozenset[str] = frozenset()) -> Collector:
+        """Gathers trajectories of `num_steps` steps from `num_envs` environments, and what else the model needs.
+
+        `required` are abilities that the environment must have for other reasons.
+        """
 
     @abc.abstractmethod
     def local_model(
@@ -179,10 +184,15 @@ class SinglePath(Sampling):
     """Advantages along the trajectories themselves: ``L = mean_i pi(a_i | s_i) / pi_old(a_i | s_i) A_i``.
 
     They are brought to zero mean and unit deviation, so that ``L`` does not depend on the scale of the reward.
+
+    Attributes:
+        surrogate: minus the local model, at its initial state; the paper's is the plain ratio.
     """
 
-    def collector(self, num_envs: int, num_steps: int) -> Collector:
-        return Rollout(num_envs, num_steps)
+    surrogate: Surrogate = eqx.field(default_factory=Unclipped)
+
+    def collector(self, num_envs: int, num_steps: int, required: frozenset[str] = frozenset()) -> Collector:
+        return Rollout(num_envs, num_steps, required)
 
     def local_model(
         self,
@@ -195,8 +205,9 @@ class SinglePath(Sampling):
         head, advantage = state.actor.head, standardize(rows.advantage)
 
         def model(parameters: PyTree) -> Float[Array, ""]:
-            log_ratio = head.log_prob(parameters, rows.action) - rows.log_prob
-            return -jnp.mean(objectives.unclipped(log_ratio, advantage))
+            return -samples_at(head, rows._replace(advantage=advantage), parameters).loss(
+                self.surrogate, self.surrogate.init()
+            )
 
         return model
 
@@ -256,7 +267,7 @@ class TRPO(ActorCritic[ActorCriticState]):
 
     @property
     def collector(self) -> Collector:
-        return self.sampling.collector(self.num_envs, self.num_steps)
+        return self.sampling.collector(self.num_envs, self.num_steps, self.critic.needs)
 
     def init(self, problem: Any, key: Key[Array, ""]) -> ActorCriticState:
         return self.init_state(problem, key, lambda learned: _adam().init(learned.critic), ())
@@ -265,7 +276,8 @@ class TRPO(ActorCritic[ActorCriticState]):
         now = self.at(state)
         key, fisher_key, critic_key = jax.random.split(state.key, 3)
         batch, scaler = now.estimate(state, experience)
-        rows, actor = in_rows(batch), state.actor
+        actor = state.actor
+        rows = in_rows(actor, batch)
         params = (actor.network, actor.free)
 
         def network_fn(params: PyTree, rows: Batch = rows) -> PyTree:
@@ -286,10 +298,11 @@ class TRPO(ActorCritic[ActorCriticState]):
         )
         network, free = step.params
         critic, optimizer = now.fit_critic(state, rows, critic_key)
+        errors = now.critic.error(critic, examples(rows), _squared)
         metrics = step.metrics() | {
-            "value_loss": jnp.mean(objectives.squared_error(values(critic, rows), rows.target)),
+            "value_loss": jnp.mean(errors),
             "entropy": jnp.mean(actor.head.entropy(network_fn(step.params))),
-            "explained_variance": objectives.explained_variance(batch.value, batch.target),
+            "explained_variance": objectives.explained_variance(batch.value, batch.advantage + batch.value),
         }
         samples = state.samples + jnp.uint32(self.collector.samples_per_iteration)
         changes = {"optimizer": optimizer, "samples": samples, "key": key}
@@ -304,27 +317,31 @@ class TRPO(ActorCritic[ActorCriticState]):
         chosen = shuffled(key, count)[:size]
         return jax.tree.map(lambda leaf: leaf[chosen], rows)
 
-    def fit_critic(self, state: ActorCriticState, rows: Batch, key: Key[Array, ""]) -> tuple[MLP, PyTree]:
-        """Regresses the critic on the value targets; returns it with Adam's state."""
-        seen = jnp.concatenate([rows.features.vector, *jax.tree.leaves(rows.carry)], axis=-1)
-        examples = (seen.reshape(-1, seen.shape[-1]), rows.target.reshape(-1))
+    def fit_critic(self, state: ActorCriticState, rows: Batch, key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
+        """Regresses the critic on the value targets; returns its networks with Adam's state."""
+        leading = rows.advantage.ndim
+        single = jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[leading:])), examples(rows))
 
-        def descend(running: tuple, minibatch: tuple[Array, Array]) -> tuple[tuple, None]:
+        def descend(running: tuple, minibatch: Examples) -> tuple[tuple, None]:
             critic, optimizer = running
-            seen, target = minibatch
-            gradient = jax.grad(lambda c: jnp.mean(objectives.squared_error(c(seen)[..., 0], target)))(critic)
+            gradient = jax.grad(lambda c: jnp.mean(self.critic.error(c, minibatch, _squared)))(critic)
             step, optimizer = _adam().update(gradient, optimizer)
             return (jax.tree.map(lambda p, s: p - self.critic_learning_rate * s, critic, step), optimizer), None
 
         fitted, _ = minibatch_epochs(
             descend,
             (state.critic, state.optimizer),
-            examples,
+            single,
             key,
             epochs=self.critic_epochs,
             minibatches=self.critic_minibatches,
         )
         return fitted
+
+
+def _squared(value: Array, old_value: Array, target: Array) -> Array:
+    del old_value
+    return objectives.squared_error(value, target)
 
 
 def _adam() -> optax.GradientTransformation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, cast
+from typing import cast
 
 import equinox as eqx
 import jax
@@ -16,7 +16,7 @@ from steersman.envs import Problem
 from steersman.errors import InputError, InputTypeError, require, require_count
 from steersman.policies import Categorical, Head, Policy, StochasticPolicy
 from steersman.returns import standardize
-from steersman.rl.on_policy.actor_critic import ActorCriticState, Batch
+from steersman.rl.on_policy.actor_critic import ActorCriticState, Batch, seen
 from steersman.rl.on_policy.trpo import TRPO, LocalModel, Sampling
 from steersman.training.collect import Collector, EpisodeStatistics, Rollout, RolloutState, episode_ends
 from steersman.training.experience import Experience
@@ -91,8 +91,11 @@ class VineRollout(Collector):
     states: int = eqx.field(static=True)
     branches: int = eqx.field(static=True)
     length: int = eqx.field(static=True)
+    required: frozenset[str] = eqx.field(static=True, default=frozenset())
 
-    needs: ClassVar[frozenset[str]] = frozenset({"start from any state"})
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.required | {"start from any state"}
 
     def __check_init__(self) -> None:
         for name in ("num_envs", "num_steps", "states", "branches", "length"):
@@ -235,8 +238,8 @@ class Vine(Sampling):
         require_count("states", self.states)
         require_count("length", self.length)
 
-    def collector(self, num_envs: int, num_steps: int) -> VineRollout:
-        return VineRollout(num_envs, num_steps, self.states, self.branches, self.length)
+    def collector(self, num_envs: int, num_steps: int, required: frozenset[str] = frozenset()) -> VineRollout:
+        return VineRollout(num_envs, num_steps, self.states, self.branches, self.length, required)
 
     def local_model(
         self,
@@ -256,7 +259,7 @@ class Vine(Sampling):
         advantage = standardize(q_value - baseline[:, None], allowed)
         steps, envs = experience.reward.shape
         # Rows are whole sequences [N, T] where the policy has a memory, and single steps [T N] where it has none.
-        sequences = bool(jax.tree.leaves(rows.carry))
+        sequences = state.actor.unrolled
         place = branches.environment * steps + branches.time
         place = place if sequences else branches.time * envs + branches.environment
 
@@ -279,7 +282,7 @@ class Vine(Sampling):
         if scaler is not None:
             reward = jax.vmap(scaler.scale)(reward)
         vector = jax.vmap(jax.vmap(state.actor.preprocess))(branches.final_observation).vector
-        value = state.critic(jnp.concatenate([vector, *jax.tree.leaves(branches.final_carry)], axis=-1))[..., 0]
+        value = algorithm.critic.value(state.critic, seen(vector, branches.final_carry))
         # A return stops at the first end, so that only there (or after the last step) the final value is looked at.
         next_value = jnp.broadcast_to(value, reward.shape)
         ends, gamma = (branches.terminated, branches.truncated), cast(Array, algorithm.gamma)
