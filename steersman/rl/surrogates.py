@@ -7,14 +7,18 @@ it needs and, where the method has one, a coefficient that adapts after every up
 from __future__ import annotations
 
 import abc
+import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from steersman import objectives
-from steersman.errors import require_number
+from steersman.errors import require, require_number
+from steersman.training.duals import Dual
 from steersman.training.schedules import Continuous, Schedule, Scheduled, scalar
 
 
@@ -76,6 +80,11 @@ class Surrogate(eqx.Module):
         """The present weight of a divergence from the old policy; one where the loss has no such term."""
         del state
         return jnp.ones(())
+
+    def metrics(self, state: PyTree) -> dict[str, Float[Array, ""]]:
+        """What is worth watching of the state after a batch."""
+        del state
+        return {}
 
 
 def _check(name: str, value: Any) -> None:
@@ -169,3 +178,58 @@ class AdaptiveKL(Surrogate):
 
     def penalty(self, state: PyTree) -> Float[Array, ""]:
         return state
+
+
+class LearnedKL(Surrogate):
+    """A divergence penalty whose weight follows its own gradient (Zentner et al., 2023, arXiv:2312.05405).
+
+    After each step the weight descends ``beta (bound - margin D)``, where ``D`` is the largest divergence in the
+    minibatch, so it comes to rest where ``D = bound / margin``. The penalty itself is on the mean divergence.
+
+    Attributes:
+        bound: the divergence that no state is meant to exceed, in nats.
+        margin: how many times below the bound the largest divergence is held; above 1.
+        beta_learning_rate: Adam's step size of the weight.
+        initial_beta: the weight's start.
+        statistic: ``"max"`` to look at the largest divergence of a minibatch, ``"mean"`` at their mean.
+    """
+
+    bound: Continuous = scalar(0.2)
+    margin: Continuous = scalar(3.0)
+    beta_learning_rate: Continuous = scalar(0.01)
+    initial_beta: Continuous = scalar(1.0)
+    statistic: str = eqx.field(static=True, default="max")
+
+    def __check_init__(self) -> None:
+        require_number("bound", self.bound, above=0.0)
+        require_number("margin", self.margin, at_least=1.0)
+        require_number("beta_learning_rate", self.beta_learning_rate, at_least=0.0)
+        require_number("initial_beta", self.initial_beta, at_least=0.0)
+        require(self.statistic in STATISTICS, "statistic", self.statistic, " or ".join(STATISTICS))
+        if isinstance(self.margin, Tracer) or float(self.margin) > 1.0:
+            return
+        warnings.warn(
+            "margin is 1, so the penalty alone settles at the bound and about every other update exceeds it; "
+            "choose a margin above 1.",
+            stacklevel=2,
+        )
+
+    def init(self) -> Dual:
+        return Dual.init(self.initial_beta)
+
+    def __call__(
+        self, log_ratio: Float[Array, "..."], advantage: Float[Array, "..."], inputs: SurrogateInputs, state: PyTree
+    ) -> Float[Array, "..."]:
+        return objectives.kl_penalized(log_ratio, advantage, inputs.kl, state.value)
+
+    def learn(
+        self, log_ratio: Float[Array, "..."], advantage: Float[Array, "..."], inputs: SurrogateInputs, state: PyTree
+    ) -> Dual:
+        return state.step(self.bound - self.margin * STATISTICS[self.statistic](inputs.kl), self.beta_learning_rate)
+
+    def penalty(self, state: PyTree) -> Float[Array, ""]:
+        return state.value
+
+
+#: How the divergences of several states become one.
+STATISTICS: dict[str, Callable[[Array], Array]] = {"max": jnp.max, "mean": jnp.mean}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree, UInt32
 
 from steersman.errors import require_number
@@ -59,6 +60,10 @@ class Linear(Schedule):
         require_number("start", self.start)
         require_number("end", self.end)
         require_number("steps", self.steps, above=0.0)
+
+    def stays_above_zero(self) -> bool:
+        """Whether no value is zero or negative; True while the ends are being traced by JAX and unknown."""
+        return all(isinstance(end, Tracer) or bool(jnp.all(jnp.asarray(end) > 0)) for end in (self.start, self.end))
 
     def __call__(self, samples: UInt32[Array, ""]) -> Float[Array, ""]:
         fraction = jnp.clip(samples.astype(jnp.float32) / self.steps, 0.0, 1.0)
