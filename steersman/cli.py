@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import sys
@@ -402,14 +403,18 @@ def parse(current: Any, given: Any, name: str, steps: int) -> Any:
     Raises:
         InputError: the text is no such value.
     """
-    from steersman.rl import surrogates
-    from steersman.training import Linear
+    import equinox as eqx
+
+    from steersman.training import Linear, Schedule
 
     text = str(given).strip()
-    if isinstance(current, surrogates.Surrogate):
-        kinds = {kind.__name__: kind for kind in surrogates.Surrogate.__subclasses__()}
+    if text.lower() != "none" and isinstance(current, eqx.Module) and not isinstance(current, Schedule):
+        # A slot: it can be filled with any part of its kind that needs no further arguments.
+        kinds = _parts_like(current)
         if text not in kinds:
             raise InputError(f"{name} is {text!r}, but it must be one of {', '.join(sorted(kinds))}.")
+        return kinds[text]()
+    if current is None and text in (kinds := _optional_parts()):
         return kinds[text]()
     try:
         if text.startswith("linear:"):
@@ -433,6 +438,37 @@ def parse(current: Any, given: Any, name: str, steps: int) -> Any:
             type(current), "a number or linear:START:END[:STEPS]"
         )
         raise InputError(f"{name} is {text!r}, but it must be {kind}.") from None
+
+
+def _parts_like(part: Any) -> dict[str, Any]:
+    """Every part that fits the slot that `part` is in, by name."""
+    import equinox as eqx
+
+    kind = type(part).__mro__[type(part).__mro__.index(eqx.Module) - 1]
+    return _without_arguments(kind)
+
+
+def _optional_parts() -> dict[str, Any]:
+    """The parts that fill slots which are empty by default, by name."""
+    from steersman.policies import Architecture
+    from steersman.rl import alternatives, alternatives_from_model, alternatives_from_q, fix_up, phases
+
+    del alternatives_from_model, alternatives_from_q, fix_up  # imported so that their classes are known
+    kinds = (Architecture, phases.Phase, alternatives.AlternativeSource)
+    return {name: found for kind in kinds for name, found in _without_arguments(kind).items()}
+
+
+def _without_arguments(kind: Any) -> dict[str, Any]:
+    """The concrete subclasses of a class, itself among them, that can be made without arguments."""
+    found = {}
+    for each in [kind, *kind.__subclasses__()]:
+        if each is not kind:
+            found |= _without_arguments(each)
+        elif not inspect.isabstract(each) and all(
+            parameter.default is not parameter.empty for parameter in inspect.signature(each).parameters.values()
+        ):
+            found[each.__name__] = each
+    return found
 
 
 def _assignments(texts: tuple[str, ...]) -> dict[str, str]:

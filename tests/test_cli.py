@@ -165,6 +165,29 @@ def test_an_unknown_option_is_status_2(capsys):
     assert "--env" in err
 
 
+def test_slots_are_filled_by_name():
+    """Any part of a slot's kind that needs no further arguments, also where the slot is empty or is to be emptied."""
+    texts = {
+        "surrogate": "LearnedKL",
+        "surrogate.bound": "0.1",
+        "reference": "MovingAverageReference",
+        "reference.decay": "0.5",
+        "phase": "FixUp",
+        "phase.rows": "64",
+        "critic": "NoCritic",
+        "optimizer": "SGD",
+        "alternatives": "ModelActions",
+    }
+    algorithm = cli.build(catalog.get("ppo"), texts, 1000)
+    slots = {name: type(getattr(algorithm, name)).__name__ for name in texts if "." not in name}
+    assert slots == {name: text for name, text in texts.items() if "." not in name}
+    assert float(algorithm.surrogate.bound) == pytest.approx(0.1)
+    assert (float(algorithm.reference.decay), algorithm.phase.rows) == (0.5, 64)
+    assert cli.build(catalog.get("fixpo"), {"phase": "none"}, 1000).phase is None
+    with pytest.raises(InputError, match="critic is 'FixUp'.*StateCritic"):
+        cli.build(catalog.get("ppo"), {"critic": "FixUp"}, 1000)
+
+
 def test_settings_are_parsed_by_what_they_replace():
     system = catalog.get("ppo")
     texts = {

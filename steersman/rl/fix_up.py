@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -75,6 +76,10 @@ class FixUp(Phase):
         return {name: value.astype(jnp.float32) for name, value in numbers.items()}
 
     def __call__(self, running: Running, tools: PhaseTools) -> Running:
+        return _one_by_one(lambda running: self.fix(running, tools), running)
+
+    def fix(self, running: Running, tools: PhaseTools) -> Running:
+        """The phase for one training."""
         bound = self.bound if self.bound is not None else getattr(tools.surrogate, "bound", None)
         if bound is None:
             kind = type(tools.surrogate).__name__
@@ -94,13 +99,15 @@ class FixUp(Phase):
                 weight = jnp.maximum(surrogate.penalty(running.surrogate), _LEAST_PENALTY)
                 return weight * jnp.mean(drawn.inputs.kl), drawn
 
-            gradient, drawn = jax.grad(loss, has_aux=True)(running.learned)
-            violated = ~(reduce(drawn.inputs.kl) <= limit)
-            learned, optimizer = tools.step(gradient, running.optimizer, running.learned)
-            learned, optimizer = _actor_only(running.learned, running.optimizer, learned, optimizer)
-            multipliers = surrogate.learn(drawn.log_ratio, drawn.advantage, drawn.inputs, running.surrogate)
-            moved = running._replace(learned=learned, optimizer=optimizer, surrogate=multipliers)
-            running = jax.tree.map(lambda new, old: jnp.where(violated, new, old), moved, running)
+            def mend(running: Running) -> Running:
+                gradient, drawn = jax.grad(loss, has_aux=True)(running.learned)
+                learned, optimizer = tools.step(gradient, running.optimizer, running.learned)
+                learned, optimizer = _actor_only(running.learned, running.optimizer, learned, optimizer)
+                multipliers = surrogate.learn(drawn.log_ratio, drawn.advantage, drawn.inputs, running.surrogate)
+                return running._replace(learned=learned, optimizer=optimizer, surrogate=multipliers)
+
+            violated = ~(reduce(tools.samples(running.learned, rows).inputs.kl) <= limit)
+            running = jax.lax.cond(violated, mend, lambda running: running, running)
             return (running, steps + violated), None
 
         def one_pass(state: tuple) -> tuple:
@@ -155,6 +162,21 @@ def interpolate(worst: Any, old: Any, new: Any, limit: Float[Array, ""] | float)
 
     (t, _), _ = jax.lax.scan(halve, (jnp.zeros(()), jnp.ones(())), None, length=_BISECTIONS)
     return at(t), t
+
+
+def _one_by_one(function: Callable[[Running], Running], running: Running) -> Running:
+    """Calls a function that is not vectorized under ``vmap`` but run for one training after the other.
+
+    How long a fix-up takes differs from one training to the next, and vectorized loops all take as long as the longest.
+    """
+    converted = eqx.filter_closure_convert(function, running)
+    arrays, static = eqx.partition(converted, eqx.is_array)
+
+    @jax.custom_batching.sequential_vmap
+    def one(arrays: Any, running: Running) -> Running:
+        return eqx.combine(arrays, static)(running)
+
+    return one(arrays, running)
 
 
 def _in_chunks(rows: PyTree, size: int) -> PyTree:
