@@ -9,10 +9,12 @@ from steersman.objectives.aggregation import (
 )
 from steersman.objectives.diagnostics import approximate_kl, clip_fraction, explained_variance, ratio_deviation
 from steersman.objectives.entropy import clamped_entropy, entropy, k1_kl, k2_kl, k3_kl
+from steersman.objectives.mpo import temperature_loss, temperature_weights, top_half
 from steersman.objectives.penalties import adaptive_kl
 from steersman.objectives.surrogates import (
     Surrogate,
     clipped,
+    decoupled_clipped,
     dual_clipped,
     kl_penalized,
     policy_gradient,
@@ -30,6 +32,7 @@ __all__ = [
     "clip_fraction",
     "clipped",
     "clipped_value_error",
+    "decoupled_clipped",
     "dual_clipped",
     "entropy",
     "explained_variance",
@@ -45,6 +48,9 @@ __all__ = [
     "sequence_sum_mean",
     "spo",
     "squared_error",
+    "temperature_loss",
+    "temperature_weights",
     "token_mean",
+    "top_half",
     "unclipped",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from array_api_compat import is_jax_array, is_torch_array
 
 from steersman.errors import InputError, InputTypeError, require
 
@@ -56,3 +57,14 @@ def as_parameter(
     if value.ndim > 0:
         require_fits(argument, value, other, like)
     return value
+
+
+def constant(array: Any) -> Any:
+    """`array` as a constant to differentiation, which the array API has no word for."""
+    if is_torch_array(array):
+        return array.detach()
+    if is_jax_array(array):
+        import jax
+
+        return jax.lax.stop_gradient(array)
+    return array

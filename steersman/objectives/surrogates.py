@@ -6,8 +6,8 @@ came from, of an action, a token or a whole sequence; the ratio ``r`` is its exp
 method adds beyond the two arrays is bound with ``functools.partial``, which leaves the slot that algorithms take,
 :class:`Surrogate`.
 
-No gradient is stopped: advantages are to be constants. Nor is anything clamped: a log-ratio that is not finite (often
-an action outside the policy's support) makes the loss so, and training stops there.
+No gradient is stopped unless a loss says so: advantages are to be constants. Nor is anything clamped: a log-ratio that
+is not finite (often an action outside the policy's support) makes the loss so, and training stops there.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
+import numpy as np
 from array_api_compat import array_namespace
 from jaxtyping import Float
 
-from steersman.objectives.arguments import as_parameter, require_fits
+from steersman.errors import require
+from steersman.objectives.arguments import as_parameter, constant, require_fits, require_same_shape
 
 Array = Float[Any, "..."]
 
@@ -59,10 +61,12 @@ def unclipped(log_ratio: Array, advantage: Array) -> Array:
     return -array_namespace(log_ratio).exp(log_ratio) * advantage
 
 
-def log_clip_interval(clip_low: Any, clip_high: Any, like: Array) -> tuple[Any, Any]:
+def log_clip_interval(
+    clip_low: Any, clip_high: Any, like: Array, argument: str = "clip_low", other: str = "log_ratio"
+) -> tuple[Any, Any]:
     """Logarithms of ``1 - clip_low`` (minus infinity from ``clip_low = 1``) and ``1 + clip_high``."""
-    low = as_parameter("clip_low", clip_low, "log_ratio", like)
-    high = low if clip_high is None else as_parameter("clip_high", clip_high, "log_ratio", like)
+    low = as_parameter(argument, clip_low, other, like)
+    high = low if clip_high is None else as_parameter("clip_high", clip_high, other, like)
     if isinstance(low, float):
         floor: Any = math.log1p(-low) if low < 1.0 else -math.inf
     else:
@@ -134,6 +138,55 @@ def dual_clipped(
     bounded = _clipped_log_ratio(log_ratio, advantage, floor, ceiling)
     bounded = xp.where((advantage < 0) & (bounded > top), top, bounded)
     return -xp.exp(bounded) * advantage
+
+
+def decoupled_clipped(
+    log_prob: Array,
+    behaviour_log_prob: Array,
+    proximal_log_prob: Array,
+    advantage: Array,
+    epsilon: Array | float,
+    max_ratio: Array | float = math.inf,
+) -> Array:
+    """PPO's clip around one policy, importance weights from another (Hilton et al., 2022, arXiv 2110.00641).
+
+    ``-min(r A, clip(p, 1 - epsilon, 1 + epsilon) (r / p) A)`` with the importance weight ``r = pi / pi_behaviour`` and
+    the distance from the *proximal* policy ``p = pi / pi_proximal``. Data may be older than the policy that a step is
+    measured from. Where the two are one policy this is :func:`clipped`.
+
+    It needs three log-probabilities, so it is not for the slot; there, clip the ratio to the proximal policy and
+    multiply the advantage by ``pi_proximal / pi_behaviour``, which is the same.
+
+    Args:
+        log_prob: under the policy that is trained, of any shape.
+        behaviour_log_prob: under the policy that the data came from, of the same shape. Minus infinity says that this
+            policy could not have taken the action: the loss is not finite, whatever `max_ratio` is.
+        proximal_log_prob: under the policy that the step is measured from, of the same shape; a constant.
+        advantage: of `log_prob`'s shape, or of length 1 along axes where it is constant.
+        epsilon: between 0 and 1, or infinity for no clip. A number, or an array that fits `log_prob`.
+        max_ratio: bound on ``r``, above 0; the gradient is that of the bounded weight times ``log_prob``, as in
+            V-trace, so a sample beyond it still counts.
+
+    Raises:
+        InputError: the shapes do not fit, or a parameter that is a number is out of range.
+    """
+    require_same_shape("behaviour_log_prob", behaviour_log_prob, "log_prob", log_prob)
+    require_same_shape("proximal_log_prob", proximal_log_prob, "log_prob", log_prob)
+    require_fits("advantage", advantage, "log_prob", log_prob)
+    floor, ceiling = log_clip_interval(epsilon, None, log_prob, "epsilon", "log_prob")
+    if isinstance(epsilon, (int, float, np.number, np.ndarray)):
+        numbers = np.asarray(epsilon, np.float64)
+        allowed = "above 0 and below 1, or infinity for no clip"
+        require(np.all((numbers < 1) | (numbers == np.inf)), "epsilon", epsilon, allowed)
+    bound = as_parameter("max_ratio", max_ratio, "log_prob", log_prob)
+    xp = array_namespace(log_prob)
+    behaviour = behaviour_log_prob
+    if not (isinstance(bound, float) and math.isinf(bound)):
+        top: Any = math.log(bound) if isinstance(bound, float) else xp.log(bound)
+        nearest = constant(log_prob) - top
+        behaviour = xp.where((behaviour < nearest) & xp.isfinite(behaviour), nearest, behaviour)
+    step = _clipped_log_ratio(log_prob - proximal_log_prob, advantage, floor, ceiling)
+    return -xp.exp(step + (proximal_log_prob - behaviour)) * advantage
 
 
 def spo(log_ratio: Array, advantage: Array, epsilon: Array | float) -> Array:

@@ -17,8 +17,12 @@ class RunningMoments(eqx.Module):
     the batch size. The count is a float, which stays exact up to 2^24 and then grows only approximately: by then the
     moments no longer move.
 
+    With a decay below one the older batches fade, and these are the exponentially weighted moments by which PPO-EWMA
+    standardizes advantages (Hilton, Cobbe and Schulman, 2022, arXiv:2110.00641). For equal batches of ``n`` rows the
+    count then tends to ``n / (1 - decay)``.
+
     Attributes:
-        count: number of rows seen.
+        count: number of rows seen; where older ones fade, what they still weigh.
         mean: running mean ``[D]``.
         m2: running sum of squared deviations ``[D]``.
     """
@@ -32,16 +36,25 @@ class RunningMoments(eqx.Module):
         """Moments of nothing yet."""
         return cls(jnp.zeros(()), jnp.zeros(shape), jnp.zeros(shape))
 
-    def update(self, batch: Float[Array, "..."] | Int[Array, "..."]) -> RunningMoments:
-        """Merges every row of `batch` (all leading axes are rows)."""
+    def update(
+        self, batch: Float[Array, "..."] | Int[Array, "..."], decay: Float[Array, ""] | float = 1.0
+    ) -> RunningMoments:
+        """Merges every row of `batch` (all leading axes are rows).
+
+        Args:
+            batch: what is new.
+            decay: what everything seen before weighs from now on, relative to before, in [0, 1]; at zero only `batch`
+                counts.
+        """
         rows = batch.reshape((-1, *self.mean.shape)).astype(jnp.float32)
         batch_count = jnp.asarray(rows.shape[0], jnp.float32)
         batch_mean = jnp.mean(rows, axis=0)
         batch_m2 = jnp.sum((rows - batch_mean) ** 2, axis=0)
-        total = self.count + batch_count
+        count = decay * self.count
+        total = count + batch_count
         delta = batch_mean - self.mean
         mean = self.mean + delta * (batch_count / total)
-        m2 = self.m2 + batch_m2 + delta**2 * (self.count * batch_count / total)
+        m2 = decay * self.m2 + batch_m2 + delta**2 * (count * batch_count / total)
         return RunningMoments(total, mean, m2)
 
     @property

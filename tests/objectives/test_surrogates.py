@@ -11,6 +11,7 @@ import pytest
 from steersman.errors import InputError, InputTypeError
 from steersman.objectives import (
     clipped,
+    decoupled_clipped,
     dual_clipped,
     kl_penalized,
     mean,
@@ -75,6 +76,82 @@ def test_dual_clip_by_hand():
     # It never bounds what a positive advantage may gain, also not where that is left unclipped.
     expected = np.minimum(clipped(*GRID, 0.2, math.inf), bound)
     np.testing.assert_allclose(dual_clipped(*GRID, 0.2, math.inf, 1.7), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("epsilon", "max_ratio"), [(0.2, math.inf), (0.05, 100.0), (0.3, 1.5), (math.inf, 2.0)])
+def test_decoupled_clip_is_the_papers_larger_of_two(epsilon, max_ratio):
+    new, behaviour, proximal, advantage = np.random.default_rng(3).normal(size=(4, 500))
+    adjusted = np.maximum(behaviour, new - np.log(max_ratio))
+    bounds = (-np.inf, np.inf) if epsilon == math.inf else np.log([1 - epsilon, 1 + epsilon])
+    step = np.clip(new - proximal, *bounds)
+    expected = np.maximum(-advantage * np.exp(new - adjusted), -advantage * np.exp(step + proximal - adjusted))
+    found = decoupled_clipped(new, behaviour, proximal, advantage, epsilon, max_ratio)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_decoupled_clip_around_the_behaviour_policy_is_the_clip():
+    new, old, advantage = (jnp.asarray(x, jnp.float32) for x in np.random.default_rng(4).normal(size=(3, 200)))
+
+    def both(loss):
+        return jax.value_and_grad(lambda new: jnp.sum(loss(new)))(new)
+
+    for found, expected in zip(
+        both(lambda new: decoupled_clipped(new, old, old, advantage, 0.2)),
+        both(lambda new: clipped(new - old, advantage, 0.2)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_within_its_interval_the_decoupled_clip_is_the_importance_weighted_loss():
+    rng = np.random.default_rng(5)
+    behaviour, proximal, advantage = (jnp.asarray(x, jnp.float32) for x in rng.normal(size=(3, 100)))
+    new = proximal + jnp.asarray(rng.uniform(np.log(0.81), np.log(1.19), 100), jnp.float32)
+    gradient = jax.grad(lambda x: jnp.sum(decoupled_clipped(x, behaviour, proximal, advantage, 0.2)))(new)
+    np.testing.assert_allclose(gradient, -jnp.exp(new - behaviour) * advantage, rtol=1e-5)
+
+
+def test_without_clip_the_gradient_is_the_policy_gradient_whoever_collected_the_data():
+    """Expectations over the behaviour policy are exact sums, so any bias would show."""
+    rng = np.random.default_rng(6)
+    logits, behaviour, proximal = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in rng.normal(size=(3, 5)))
+    advantage = jnp.asarray(rng.normal(size=5), jnp.float32)
+
+    def loss(logits):
+        log_prob = jax.nn.log_softmax(logits)
+        return jnp.sum(jnp.exp(behaviour) * decoupled_clipped(log_prob, behaviour, proximal, advantage, math.inf))
+
+    probability = np.exp(np.asarray(logits, np.float64))
+    expected = -probability * (np.asarray(advantage) - probability @ np.asarray(advantage))
+    np.testing.assert_allclose(jax.grad(loss)(logits), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_bounded_weight_bounds_the_gradient_and_does_not_stop_it():
+    new, old, advantage = jnp.asarray([0.0, 0.0]), jnp.asarray([-9.0, -0.1]), jnp.asarray([1.0, 1.0])
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(decoupled_clipped(x, old, x * 0, advantage, 0.2, 100.0)))(
+        new
+    )
+    assert float(value) == pytest.approx(-100 - math.exp(0.1), rel=1e-5)
+    np.testing.assert_allclose(gradient, [-100.0, -math.exp(0.1)], rtol=1e-5)
+
+
+def test_an_action_that_the_behaviour_policy_could_not_take_is_not_hidden():
+    impossible = jnp.asarray([-jnp.inf])
+    for max_ratio in (math.inf, 100.0):
+        loss = decoupled_clipped(jnp.zeros(1), impossible, jnp.zeros(1), jnp.ones(1), 0.2, max_ratio)
+        assert not np.isfinite(loss[0])
+
+
+def test_decoupled_clip_names_what_is_wrong():
+    row = (np.zeros(3), np.zeros(3), np.zeros(3), np.ones(3))
+    for bad in (0.0, -0.1, 1.0, 7.0, math.nan, np.array([0.2, 1.0, 0.2])):
+        with pytest.raises(InputError, match=r"^epsilon is"):
+            decoupled_clipped(*row, bad)
+    with pytest.raises(InputError, match=r"^max_ratio is"):
+        decoupled_clipped(*row, 0.2, 0.0)
+    for place, name in enumerate(("behaviour_log_prob", "proximal_log_prob", "advantage"), start=1):
+        with pytest.raises(InputError, match=f"^{name} has shape"):
+            decoupled_clipped(*row[:place], np.zeros((3, 1)), *row[place + 1 :], 0.2)
 
 
 def test_table_of_spo():

@@ -23,6 +23,31 @@ def test_moments_do_not_depend_on_how_rows_are_batched(sizes, seed, offset):
     np.testing.assert_allclose(moments.variance, everything.var(0), rtol=2e-3, atol=1e-3)
 
 
+@settings(max_examples=15, deadline=None)
+@given(decay=st.floats(0.0, 1.0), seed=st.integers(0, 1000))
+def test_older_batches_fade(decay, seed):
+    """The recursion of the sums w, m1, m2 in double precision (oracle of PPO-EWMA)."""
+    rng = np.random.default_rng(seed)
+    moments, weight, first, second = RunningMoments.zeros(), 0.0, 0.0, 0.0
+    for n in rng.integers(1, 30, size=5):
+        batch = rng.normal(2.0, 3.0, n)
+        moments = moments.update(jnp.asarray(batch, jnp.float32), decay)
+        weight = decay * weight + n
+        first = decay * first + n * batch.mean()
+        second = decay * second + n * (batch.var() + batch.mean() ** 2)
+    mean = first / weight
+    assert float(moments.count) == pytest.approx(weight, rel=1e-5)
+    assert float(moments.mean) == pytest.approx(mean, rel=1e-4, abs=1e-4)
+    assert float(moments.variance) == pytest.approx(second / weight - mean**2, rel=1e-3, abs=1e-3)
+
+
+def test_small_batches_that_fade_slowly_weigh_as_much_as_one_large_batch():
+    moments = RunningMoments.zeros()
+    for _ in range(200):
+        moments = moments.update(jnp.zeros(512 // 16), 1 - 1 / 16)
+    assert float(moments.count) == pytest.approx(512, rel=1e-4)
+
+
 def test_standardizer_centres_scales_and_clips():
     data = np.random.default_rng(0).normal(5.0, 2.0, (1000, 3)).astype(np.float32)
     standardize = RunningMoments.zeros((3,)).update(jnp.asarray(data)).standardizer(clip=2.0)

@@ -218,6 +218,11 @@ class ActorCritic(InteractiveAlgorithm, Generic[S]):
                 f"reward has shape {experience.reward.shape[2:]} per step, but {type(self).__name__} learns from a "
                 "scalar reward; combine the objectives into one first."
             )
+        if not hasattr(experience.record, "log_prob"):
+            raise InputError(
+                f"experience.record is {experience.record!r}, but {type(self).__name__} needs the log-probabilities "
+                "and parameters of the policy that acted."
+            )
         actor = state.actor
         done = episode_ends(experience.terminated, experience.truncated)
         reward, scaler = experience.reward * self.reward_scale, state.reward_scaler
@@ -310,7 +315,7 @@ def in_rows(actor: NetworkPolicy, batch: Batch) -> Batch:
     """
     if actor.unrolled:
         return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), batch)
-    return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), batch)
+    return jax.tree.map(lambda leaf: leaf.reshape((leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])), batch)
 
 
 def likelihood(actor: NetworkPolicy, rows: Batch) -> PyTree:

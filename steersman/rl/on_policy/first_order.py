@@ -32,6 +32,7 @@ from steersman.rl.surrogates import Clip, Surrogate
 from steersman.training.algorithm import Metrics
 from steersman.training.experience import Experience
 from steersman.training.minibatches import minibatch_epochs
+from steersman.training.normalization import RewardScaler
 from steersman.training.optimizers import Adam, Optimizer
 from steersman.training.schedules import Continuous, Schedule, Scheduled, scalar
 
@@ -61,7 +62,7 @@ class FirstOrder(ActorCritic[ActorCriticState]):
         minibatches: equal parts of a pass.
         value_coefficient: weight of the critic's squared error ``c1``.
         entropy_coefficient: weight of the entropy bonus ``c2``.
-        max_gradient_norm: bound of the global gradient norm.
+        max_gradient_norm: bound of the global gradient norm, or None.
         value_clip: distance that a value may move within one update before its loss stops pulling, or None.
         normalize_advantages: standardize advantages within each minibatch, or an object that scales whole batches.
     """
@@ -76,7 +77,7 @@ class FirstOrder(ActorCritic[ActorCriticState]):
     minibatches: int = eqx.field(static=True, default=8)
     value_coefficient: Scheduled = scalar(0.5)
     entropy_coefficient: Scheduled = scalar(0.0)
-    max_gradient_norm: Continuous = scalar(0.5)
+    max_gradient_norm: Continuous | None = scalar(0.5)
     value_clip: Continuous | None = scalar(None)
     normalize_advantages: bool | AdvantageScale = True
 
@@ -91,16 +92,17 @@ class FirstOrder(ActorCritic[ActorCriticState]):
         for name in ("value_coefficient", "entropy_coefficient"):
             if not isinstance(getattr(self, name), Schedule):
                 require_number(name, getattr(self, name), at_least=0.0)
-        require_number("max_gradient_norm", self.max_gradient_norm, above=0.0)
-        if self.value_clip is not None:
-            require_number("value_clip", self.value_clip, above=0.0)
+        for name in ("max_gradient_norm", "value_clip"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), above=0.0)
         for name, kind in (("surrogate", Surrogate), ("reference", Reference), ("optimizer", Optimizer)):
             if not isinstance(getattr(self, name), kind):
                 raise InputTypeError(f"{name} is {getattr(self, name)!r}, but it must be of type {kind.__name__}.")
 
     def _optimizer(self) -> optax.GradientTransformationExtraArgs:
         # One flat vector instead of a dozen small arrays: on CPU most of Adam's time is the start of each operation.
-        clipped: Any = optax.clip_by_global_norm(self.max_gradient_norm)
+        bound: Any = self.max_gradient_norm
+        clipped = optax.identity() if bound is None else optax.clip_by_global_norm(bound)
         return optax.flatten(optax.chain(clipped, self.optimizer.transformation()))
 
     def init(self, problem: Any, key: Key[Array, ""]) -> ActorCriticState:
@@ -124,7 +126,7 @@ class FirstOrder(ActorCritic[ActorCriticState]):
         carried: Carried = state.method
         key, epochs_key = jax.random.split(state.key)
         batch, scaler = now.estimate(state, experience)
-        rows, carried, metrics = now.prepare(state, carried, experience, batch)
+        rows, carried, metrics = now.prepare(state, carried, experience, batch, scaler)
         optimizer = now._optimizer()
 
         def normalize(minibatch: Batch) -> Batch:
@@ -135,8 +137,8 @@ class FirstOrder(ActorCritic[ActorCriticState]):
             return jax.tree.map(lambda p, s: p - now.learning_rate * s, learned, direction), optimizer_state
 
         def descend(running: Running, minibatch: Batch) -> tuple[Running, None]:
-            def parameters_of(learned: Learned) -> PyTree:
-                return likelihood(state.with_learned(learned).actor, minibatch)
+            def parameters_of(learned: Learned, rows: Batch = minibatch) -> PyTree:
+                return likelihood(state.with_learned(learned).actor, rows)
 
             held = now.reference.relabel(running.reference, minibatch, running.learned, parameters_of, state.actor.head)
             (loss, (drawn, _)), gradient = jax.value_and_grad(now.loss, has_aux=True)(
@@ -175,7 +177,7 @@ class FirstOrder(ActorCritic[ActorCriticState]):
             metrics |= phase.metrics(running.phase)
         # The numbers shown are of the whole batch and the final networks, not averages over ones long gone.
         _, (_, shown) = now.loss(running.learned, state, ready, running.surrogate)
-        metrics |= shown
+        metrics |= shown | now.surrogate.metrics(running.surrogate)
         metrics["explained_variance"] = objectives.explained_variance(batch.value, batch.advantage + batch.value)
         method = carried._replace(
             surrogate=now.surrogate.adapt(running.surrogate, metrics["kl"]), reference=running.reference
@@ -184,14 +186,24 @@ class FirstOrder(ActorCritic[ActorCriticState]):
         return self.finish(state, experience, running.learned, scaler, **changes), metrics
 
     def prepare(
-        self, state: ActorCriticState, carried: Carried, experience: Experience, batch: Batch
+        self,
+        state: ActorCriticState,
+        carried: Carried,
+        experience: Experience,
+        batch: Batch,
+        scaler: RewardScaler | None,
     ) -> tuple[Batch, Carried, Metrics]:
         """The rows that are learned from: with alternatives beside them, and advantages scaled as a whole batch."""
         metrics: Metrics = {}
         proposed, proposals = None, carried.alternatives
         if self.alternatives is not None:
+
+            def scale(reward: Array) -> Array:
+                reward = reward * self.reward_scale
+                return reward if scaler is None else scaler.scale(reward)
+
             proposed, proposals, metrics = self.alternatives.propose(
-                proposals, experience, batch, state.actor, self, state.critic
+                proposals, experience, batch, state.actor, self, state.critic, scale
             )
         advantages = carried.advantages
         if isinstance(self.normalize_advantages, AdvantageScale):
