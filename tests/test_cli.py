@@ -184,7 +184,7 @@ def test_slots_are_filled_by_name():
     assert float(algorithm.surrogate.bound) == pytest.approx(0.1)
     assert (float(algorithm.reference.decay), algorithm.phase.rows) == (0.5, 64)
     assert cli.build(catalog.get("fixpo"), {"phase": "none"}, 1000).phase is None
-    with pytest.raises(InputError, match="critic is 'FixUp'.*StateCritic"):
+    with pytest.raises(InputError, match=r"critic is 'FixUp'.*StateCritic"):
         cli.build(catalog.get("ppo"), {"critic": "FixUp"}, 1000)
 
 

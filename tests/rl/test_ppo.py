@@ -52,9 +52,9 @@ def test_first_gradient_is_the_policy_gradient(cart_pole):
     expected = flat(jax.grad(log_likelihood)(state.actor.network))
     for surrogate in (Clip(0.2), Clip(0.01), Unclipped(), QuadraticRatio(0.2), FixedKL(1.0), AdaptiveKL()):
         chosen = PPO(**SMALL, minibatches=1, value_coefficient=0.0, surrogate=surrogate)
-        gradient = jax.grad(lambda learned: chosen.loss(learned, state, rows, chosen.surrogate.init())[0])(
-            state.learned
-        )  # noqa: B023
+        gradient = jax.grad(
+            lambda learned, chosen=chosen: chosen.loss(learned, state, rows, chosen.surrogate.init())[0]
+        )(state.learned)
         np.testing.assert_allclose(flat(gradient.network), expected, rtol=1e-3, atol=1e-6)
 
 
