@@ -99,6 +99,17 @@ _LOCOMOTION = {
     "normalize_rewards": True,
     "steps": 1_000_000,
 }
+_LOT_SIZING = {
+    "num_envs": 8,
+    "num_steps": 50,
+    "epochs": 20,
+    "minibatches": 1,
+    "gamma": 0.97,
+    "entropy_coefficient": 0.01,
+    "max_gradient_norm": 1.0,
+    "learning_rate": 1e-3,
+    "steps": 60_000,
+}
 _TRUST_REGION_CARTPOLE = {"num_envs": 16, "num_steps": 128, "steps": 300_000}
 _TRUST_REGION_PENDULUM = {
     "num_envs": 16,
@@ -126,8 +137,29 @@ _FIRST_ORDER = {
     "cartpole-discrete": _CARTPOLE,
     "Pendulum-v1": _PENDULUM,
     "pendulum-swingup": _PENDULUM,
+    "lot-sizing": _LOT_SIZING,
     "mujoco": _LOCOMOTION,
 }
+
+# Reaching zero is for methods without a fix-up; the bounds are those of the study.
+_BOUNDED = {
+    name: {
+        **preset,
+        "learning_rate": str(preset["learning_rate"]).replace(":0:", ":1e-5:"),
+        "surrogate.bound": 0.5,
+        "surrogate.beta_learning_rate": 0.1,
+    }
+    for name, preset in _FIRST_ORDER.items()
+}
+
+
+def _averaged(preset: dict[str, Any]) -> dict[str, Any]:
+    """A first-order preset for an averaged proximal policy that is one batch's gradient steps old in the mean."""
+    steps = preset["epochs"] * preset["minibatches"]
+    return {**preset, "reference.decay": steps / (steps + 1)}
+
+
+_AVERAGED = {name: _averaged(preset) for name, preset in _FIRST_ORDER.items()}
 
 _SYSTEMS = [
     System(
@@ -185,6 +217,150 @@ _SYSTEMS = [
             author="Xie, Zhengpeng and Zhang, Qiang and Yang, Fan and Hutter, Marco and Xu, Renjing",
             booktitle="Proceedings of the 42nd International Conference on Machine Learning",
             year="2025",
+        ),
+        presets=_FIRST_ORDER,
+    ),
+    System(
+        slug="fixpo",
+        title="Guaranteed Trust Region Optimization via Two-Phase KL Penalization",
+        authors="Zentner, Puri, Huang, Sukhatme",
+        year=2023,
+        family="rl/on_policy",
+        use="A bound on the divergence at every state of every update, first-order: no Fisher products, any policy.",
+        entry_point="steersman.rl.on_policy.fixpo.FixPO",
+        study="steersman.studies.fixpo",
+        bibtex=_bibtex(
+            "article",
+            "zentner2023fixpo",
+            title="Guaranteed Trust Region Optimization via Two-Phase {KL} Penalization",
+            author="Zentner, K. R. and Puri, Ujjwal and Huang, Zhehui and Sukhatme, Gaurav S.",
+            journal="arXiv preprint arXiv:2312.05405",
+            year="2023",
+        ),
+        presets=_BOUNDED,
+    ),
+    System(
+        slug="ppo-ewma",
+        title="Batch size-invariance for policy optimization",
+        authors="Hilton, Cobbe, Schulman",
+        year=2022,
+        family="rl/on_policy",
+        use="PPO for data that come late, or for batches whose size must change: measured from an averaged policy.",
+        entry_point="steersman.rl.on_policy.ppo_ewma.PPOEWMA",
+        study="steersman.studies.ppo_ewma",
+        bibtex=_bibtex(
+            "inproceedings",
+            "hilton2022batch",
+            title="Batch size-invariance for policy optimization",
+            author="Hilton, Jacob and Cobbe, Karl and Schulman, John",
+            booktitle="Advances in Neural Information Processing Systems 35",
+            year="2022",
+        ),
+        presets=_AVERAGED,
+    ),
+    System(
+        slug="policy-gradients-guide",
+        title="The Definitive Guide to Policy Gradients in Deep Reinforcement Learning: Theory, Algorithms and "
+        "Implementations",
+        authors="Lehmann",
+        year=2024,
+        family="rl/on_policy",
+        use="REINFORCE, A2C, TRPO, PPO and V-MPO on equal footing; by this name, V-MPO: no ratios, soft bounds on KL.",
+        entry_point="steersman.rl.on_policy.vmpo.VMPO",
+        study="steersman.studies.policy_gradients_guide",
+        bibtex=_bibtex(
+            "article",
+            "lehmann2024guide",
+            title="The Definitive Guide to Policy Gradients in Deep Reinforcement Learning: Theory, Algorithms and "
+            "Implementations",
+            author="Lehmann, Matthias",
+            journal="arXiv preprint arXiv:2401.13662",
+            year="2024",
+        ),
+        presets=_FIRST_ORDER,
+    ),
+    System(
+        slug="pdppo",
+        title="A Reinforcement Learning Method for Environments with Stochastic Variables: Post-Decision Proximal "
+        "Policy Optimization with Dual Critic Networks",
+        authors="Felizardo, Fadda, Brandimarte, Del-Moral-Hernandez, Nascimento",
+        year=2025,
+        family="rl/on_policy",
+        use="Steps that split into a known decision and random noise: a second critic between the two.",
+        entry_point="steersman.rl.on_policy.pdppo.PDPPO",
+        study="steersman.studies.pdppo",
+        bibtex=_bibtex(
+            "article",
+            "felizardo2025pdppo",
+            title="A Reinforcement Learning Method for Environments with Stochastic Variables: Post-Decision Proximal "
+            "Policy Optimization with Dual Critic Networks",
+            author="Felizardo, Leonardo Kanashiro and Fadda, Edoardo and Brandimarte, Paolo and Del-Moral-Hernandez, "
+            r"Emilio and Nascimento, Mari{\'a} Cristina Vasconcelos",
+            journal="arXiv preprint arXiv:2504.05150",
+            year="2025",
+        ),
+        presets={"lot-sizing": _LOT_SIZING},
+    ),
+    System(
+        slug="polyak-pg",
+        title="Enhancing Policy Gradient with the Polyak Step-Size Adaption",
+        authors="Li, Yuan, Fan, Schmidt, Horváth, Gower, Takáč",
+        year=2024,
+        family="rl/on_policy",
+        use="Episodic policy gradient without a learning rate: the step follows from value, target and gradient norm.",
+        entry_point="steersman.rl.on_policy.polyak_pg.PolyakPG",
+        study="steersman.studies.polyak_pg",
+        bibtex=_bibtex(
+            "article",
+            "li2024polyakpg",
+            title="Enhancing Policy Gradient with the Polyak Step-Size Adaption",
+            author="Li, Yunxiang and Yuan, Rui and Fan, Chen and Schmidt, Mark and Horv{\\'a}th, Samuel and "
+            "Gower, Robert M. and Tak{\\'a}{\\v{c}}, Martin",
+            journal="arXiv preprint arXiv:2404.07525",
+            year="2024",
+        ),
+        # Steps count all of horizon for each episode of both copies.
+        presets={
+            "CartPole-v1": {"hidden": (), "horizon": 500, "steps": 2_000_000},
+            "cartpole-discrete": {"hidden": (), "horizon": 200, "steps": 500_000},
+            "Acrobot-v1": {"horizon": 500, "steps": 2_000_000},
+        },
+    ),
+    System(
+        slug="mbma",
+        title="On Many-Actions Policy Gradient",
+        authors="Nauman, Cygan",
+        year=2023,
+        family="rl/on_policy",
+        use="PPO with more actions at each visited state, scored by a learned model, where environment steps are dear.",
+        entry_point="steersman.rl.on_policy.mbma.MBMA",
+        study="steersman.studies.mbma",
+        bibtex=_bibtex(
+            "inproceedings",
+            "nauman2023many",
+            title="On Many-Actions Policy Gradient",
+            author="Nauman, Michal and Cygan, Marek",
+            booktitle="Proceedings of the 40th International Conference on Machine Learning",
+            year="2023",
+        ),
+        presets=_FIRST_ORDER,
+    ),
+    System(
+        slug="s2pg",
+        title="Time-Efficient Reinforcement Learning with Stochastic Stateful Policies",
+        authors="Al-Hafez, Zhao, Peters, Tateo",
+        year=2024,
+        family="rl/on_policy",
+        use="Policies with memory, trained without backpropagation through time: the next memory is sampled.",
+        entry_point="steersman.rl.on_policy.s2pg.S2PG",
+        study="steersman.studies.s2pg",
+        bibtex=_bibtex(
+            "inproceedings",
+            "alhafez2024s2pg",
+            title="Time-Efficient Reinforcement Learning with Stochastic Stateful Policies",
+            author="Al-Hafez, Firas and Zhao, Guoping and Peters, Jan and Tateo, Davide",
+            booktitle="The Twelfth International Conference on Learning Representations",
+            year="2024",
         ),
         presets=_FIRST_ORDER,
     ),

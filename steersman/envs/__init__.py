@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from steersman.envs.bandit import Bandit, BanditTable, ContextualBandit
 from steersman.envs.control_problem import (
     ContinuousTimeProblem,
     ControlEnvironment,
@@ -21,6 +22,10 @@ from steersman.envs.dynamics import (
     PlanarQuadrotor,
 )
 from steersman.envs.environment import Environment, Problem, as_problem
+from steersman.envs.hidden_velocity import HiddenVelocity
+from steersman.envs.linear_gaussian import LinearGaussianProblem
+from steersman.envs.lot_sizing import LotSizing, lumpy_lot_sizing
+from steersman.envs.post_decision import DeclaredPostDecision, PostDecisionEnvironment, check_post_decision
 
 if TYPE_CHECKING:
     from steersman.envs.brax_bridge import BraxEnvironment
@@ -46,24 +51,34 @@ _ON_FIRST_USE = {
 }
 
 __all__ = [
+    "Bandit",
+    "BanditTable",
     "BraxEnvironment",
     "CartPoleBalance",
     "CartPoleSwingUp",
+    "ContextualBandit",
     "ContinuousTimeProblem",
     "ControlEnvironment",
     "ControlProblem",
+    "DeclaredPostDecision",
     "DiscreteCartPole",
     "DoubleIntegrator",
     "Environment",
     "GymnasiumProblem",
+    "HiddenVelocity",
+    "LinearGaussianProblem",
+    "LotSizing",
     "Pendulum",
     "PlanarQuadrotor",
+    "PostDecisionEnvironment",
     "Problem",
     "Scene",
     "animate",
     "animate_frames",
     "as_problem",
     "check",
+    "check_post_decision",
+    "lumpy_lot_sizing",
     "make",
     "mujoco_scene",
     "names",

@@ -31,6 +31,9 @@ class Environment(eqx.Module):
     with the key ``"action_mask"`` says which discrete actions are allowed.
     """
 
+    #: What it can do beyond ``reset`` and ``step``, as verbs that algorithms know; they join its problem's abilities.
+    abilities: ClassVar[frozenset[str]] = frozenset()
+
     #: Number of agents on a leading axis of observations, actions and rewards; 0 means a single agent without axis.
     num_agents: int = eqx.field(static=True, default=0, kw_only=True)
 
@@ -120,8 +123,6 @@ class Problem(eqx.Module):
         environment: an :class:`Environment`, or any object with gymnax 1.0's methods.
         params: its parameters. With ``batched_params`` every leaf has a leading axis of the number of parallel
             environments, so that each copy can differ (domain randomization, robust training).
-        abilities: what the environment can do beyond ``reset`` and ``step``, as collectors name it;
-            ``"start from any state"`` for every environment here, since states are arguments.
     """
 
     environment: Any
@@ -130,7 +131,6 @@ class Problem(eqx.Module):
     _spaces: _Spaces = eqx.field(static=True)
 
     on_host: ClassVar[bool] = False
-    abilities: ClassVar[frozenset[str]] = frozenset({"start from any state"})
 
     def __init__(self, environment: Any, params: PyTree = None, *, batched_params: bool = False):
         """Pairs an environment with its parameters.
@@ -152,6 +152,14 @@ class Problem(eqx.Module):
     def name(self) -> str:
         """The environment's name."""
         return str(getattr(self.environment, "name", type(self.environment).__name__))
+
+    @property
+    def abilities(self) -> frozenset[str]:
+        """What the environment can do beyond ``reset`` and ``step``, as verbs that algorithms know.
+
+        ``"start from any state"`` for every environment here, since states are arguments, and what it says of itself.
+        """
+        return frozenset({"start from any state"}) | frozenset(getattr(self.environment, "abilities", ()))
 
     @property
     def num_agents(self) -> int:

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float, PyTree
 
 from steersman.envs import gymnasium_worker
 from steersman.envs.gymnasium_worker import Episodes, Layout, Leaf, from_leaves, leaf_spaces, leaves_of
+from steersman.envs.post_decision import ABILITY as POST_DECISION
 from steersman.errors import InputError, InputTypeError, RunError, require, require_count, unknown_name
 
 #: Batches that take longer than this to step by one are given to worker processes, unless the user says otherwise.
@@ -46,6 +47,8 @@ class GymnasiumProblem:
             its defaults, float64 becomes float32 and int64 becomes int32).
         action_space: of one environment, likewise.
         num_agents: 0, a single agent.
+        abilities: what it can do beyond ``reset`` and ``step``: give its post-decision state, if its steps' ``info``
+            has ``post_decision`` (what would be observed) and ``decision_reward``.
         spec: the specification that environments are made from, or None.
         workers: as given.
         step_seconds: wall time that one step took when it was tried.
@@ -151,6 +154,8 @@ class GymnasiumProblem:
         self.step_seconds = seconds / steps
         recorded = gymnasium_worker.recorded_leaves(info)
         self._recorded = [path for path, _ in recorded]
+        halves = {"post_decision", "decision_reward"} <= {path[0] for path in self._recorded}
+        self.abilities = frozenset({POST_DECISION}) if halves else frozenset()
         axes = 0 if batch is None else 1
         self._layout = Layout(
             observation=tuple(_leaf(space) for space in leaf_spaces(self.observation_space)),

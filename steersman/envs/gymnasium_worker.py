@@ -22,7 +22,7 @@ from gymnasium.envs.registration import EnvSpec
 
 #: Entries of a step's ``info`` that are stored with the experience. ``cost``, as safety benchmarks spell it, becomes
 #: ``costs``.
-RECORDED_INFO = ("costs", "duration", "params")
+RECORDED_INFO = ("costs", "duration", "params", "post_decision", "decision_reward")
 
 
 class Leaf(NamedTuple):

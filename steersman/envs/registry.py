@@ -13,6 +13,7 @@ from typing import Any
 
 import gymnasium
 
+from steersman.envs.bandit import ContextualBandit
 from steersman.envs.control_problem import ControlProblem
 from steersman.envs.dynamics import (
     CartPoleBalance,
@@ -23,13 +24,18 @@ from steersman.envs.dynamics import (
     PlanarQuadrotor,
 )
 from steersman.envs.environment import Problem, as_problem
+from steersman.envs.hidden_velocity import HiddenVelocity
+from steersman.envs.lot_sizing import LotSizing
 from steersman.errors import InputError, InputTypeError, unknown_name
 
 _FACTORIES: dict[str, Callable[..., Any]] = {
     "cartpole-balance": CartPoleBalance,
     "cartpole-discrete": DiscreteCartPole,
     "cartpole-swingup": CartPoleSwingUp,
+    "contextual-bandit": ContextualBandit,
     "double-integrator": DoubleIntegrator,
+    "hidden-velocity": HiddenVelocity,
+    "lot-sizing": LotSizing,
     "pendulum-swingup": Pendulum,
     "planar-quadrotor": PlanarQuadrotor,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,6 +12,9 @@ from jaxtyping import Array, Float, Key, PyTree
 from steersman.policies import NetworkPolicy
 from steersman.policies.preprocessing import Features
 from steersman.training.experience import Experience
+
+#: Turns rewards as the environment gives them into the units of values and advantages.
+RewardScale = Callable[[Array], Array]
 
 
 class Alternatives(NamedTuple):
@@ -40,7 +44,14 @@ class AlternativeSource(eqx.Module):
 
     @abc.abstractmethod
     def propose(
-        self, state: PyTree, experience: Experience, batch: Any, actor: NetworkPolicy, algorithm: Any, critic: PyTree
+        self,
+        state: PyTree,
+        experience: Experience,
+        batch: Any,
+        actor: NetworkPolicy,
+        algorithm: Any,
+        critic: PyTree,
+        scale: RewardScale,
     ) -> tuple[Alternatives | None, PyTree, dict[str, Array]]:
         """``(alternatives, state, metrics)`` for one batch; None for the alternatives adds nothing.
 
@@ -53,6 +64,7 @@ class AlternativeSource(eqx.Module):
             algorithm: the method's hyperparameters at their present values; ``algorithm.critic.value(critic, vector)``
                 are values, ``algorithm.gamma`` is the discount.
             critic: the critic's networks.
+            scale: turns rewards as the environment gives them into the units of values and advantages.
 
         Rows are in the order ``[T, N]`` flattened.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,11 @@ class Member:
     settings: dict[str, float] = field(default_factory=dict)
 
 
+def _fields(owner: Any) -> dict[str, dataclasses.Field]:
+    """The fields of a part by name, class variables left out; nothing for what has none."""
+    return {known.name: known for known in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else {}
+
+
 def get_hyperparameter(algorithm: Any, name: str) -> Any:
     """The hyperparameter at a dotted name.
 
@@ -32,8 +38,7 @@ def get_hyperparameter(algorithm: Any, name: str) -> Any:
     """
     value: Any = algorithm
     for part in name.split("."):
-        names = {f: None for f in getattr(type(value), "__dataclass_fields__", {})}
-        if part not in names:
+        if part not in _fields(value):
             raise unknown_name("hyperparameter", name, hyperparameters(algorithm))
         value = getattr(value, part)
     return value
@@ -42,7 +47,7 @@ def get_hyperparameter(algorithm: Any, name: str) -> Any:
 def hyperparameters(algorithm: Any, prefix: str = "") -> dict[str, Any]:
     """All hyperparameters by dotted name, with their values."""
     found: dict[str, Any] = {}
-    for name in type(algorithm).__dataclass_fields__:
+    for name in _fields(algorithm):
         value = getattr(algorithm, name)
         if isinstance(value, eqx.Module) and not isinstance(value, Schedule):
             found[prefix + name] = type(value).__name__
@@ -61,8 +66,7 @@ def apply_settings(algorithm: Any, settings: Mapping[str, Any]) -> Any:
 
 
 def _replaced(owner: Any, settings: Mapping[str, Any], prefix: str, root: Any) -> Any:
-    fields = getattr(type(owner), "__dataclass_fields__", {})
-    arguments = {f: getattr(owner, f) for f in fields if fields[f].init}
+    arguments = {name: getattr(owner, name) for name, known in _fields(owner).items() if known.init}
     inner: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         first, _, rest = name.partition(".")

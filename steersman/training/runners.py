@@ -211,9 +211,10 @@ class HostRunner(Runner):
                 f"{type(algorithm).__name__} needs an explicit problem, but {problem.name} is a simulator."
             )
         collector = algorithm.collector
-        if collector.needs:
+        missing = collector.needs - frozenset(getattr(problem, "abilities", ()))
+        if missing:
             raise InputError(
-                f"{type(algorithm).__name__} needs an environment that can {', '.join(sorted(collector.needs))}, "
+                f"{type(algorithm).__name__} needs an environment that can {', '.join(sorted(missing))}, "
                 f"which {problem.name} on the host cannot."
             )
         self.samples_per_iteration = collector.samples_per_iteration

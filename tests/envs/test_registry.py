@@ -17,7 +17,9 @@ OWN = [
     "cartpole-balance",
     "cartpole-discrete",
     "cartpole-swingup",
+    "contextual-bandit",
     "double-integrator",
+    "lot-sizing",
     "pendulum-swingup",
     "planar-quadrotor",
 ]
