@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import equinox as eqx
@@ -179,14 +180,31 @@ class Problem(eqx.Module):
     def reset(self, keys: Key[Array, " N"]) -> tuple[PyTree, PyTree]:
         """Starts one episode per key: observations and states with a leading axis ``N``."""
         axes = (0, 0 if self.batched_params else None)
-        return jax.vmap(self.environment.reset, in_axes=axes)(keys, self.params)
+        call = jax.vmap(self.environment.reset, in_axes=axes)
+        return _with_known_keys(lambda keys: call(keys, self.params), keys)
 
     def step(
         self, keys: Key[Array, " N"], state: PyTree, action: PyTree
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, dict[str, Any]]:
         """Steps ``N`` copies, restarting those that end; see :meth:`Environment.step`."""
         axes = (0, 0, 0, 0 if self.batched_params else None)
-        return jax.vmap(self.environment.step, in_axes=axes)(keys, state, action, self.params)
+        call = jax.vmap(self.environment.step, in_axes=axes)
+        return _with_known_keys(lambda keys: call(keys, state, action, self.params), keys)
+
+
+def _with_known_keys(call: Callable[[Key[Array, " N"]], Any], keys: Key[Array, " N"]) -> Any:
+    """Calls an environment; where it draws from a distribution that JAX has for its own generator alone, with its keys.
+
+    ``jax.random.poisson`` is one. Training draws from an unrolled form of the same generator, which gives the same
+    numbers from the same words but is another kind of key.
+    """
+    try:
+        return call(keys)
+    except NotImplementedError as error:
+        words = jax.random.key_data(keys)
+        if "threefry2x32" not in str(error) or words.shape[-1] != 2:
+            raise
+        return call(jax.random.wrap_key_data(words, impl="threefry2x32"))
 
 
 def as_problem(given: Any) -> Any:

@@ -409,3 +409,25 @@ def test_two_processes_give_the_same_numbers_as_one(tmp_path):
     for out, _ in outputs:
         np.testing.assert_allclose([float(v) for v in out.strip().splitlines()[-1].split()], alone, rtol=1e-4)
     assert (Path(tmp_path) / "run" / "metrics.parquet").exists()
+
+
+def test_environments_may_draw_from_every_distribution_of_jax():
+    """JAX has Poisson variables for its own keys alone; training uses another form of them."""
+
+    class Queue(Environment):
+        def reset_env(self, key, params):
+            waiting = jax.random.poisson(key, 3.0).astype(jnp.float32)
+            return waiting[None], waiting
+
+        def step_env(self, key, state, action, params):
+            waiting = jnp.clip(state + jax.random.poisson(key, 1.0) - action, 0.0, 20.0)
+            return waiting[None], waiting, -waiting, jnp.asarray(False), {}
+
+        def observation_space(self, params):
+            return gymnasium.spaces.Box(0.0, 20.0, (1,))
+
+        def action_space(self, params):
+            return gymnasium.spaces.Discrete(3)
+
+    algorithm = PPO(num_envs=2, num_steps=8, hidden=(4,), epochs=1, minibatches=1)
+    assert np.isfinite(train(algorithm, Queue(), iterations=1).metrics["value_loss"]).all()
