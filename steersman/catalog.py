@@ -321,7 +321,7 @@ _SYSTEMS = [
         ),
         # Steps count all of horizon for each episode of both copies.
         presets={
-            "CartPole-v1": {"hidden": (), "horizon": 500, "steps": 2_000_000},
+            "CartPole-v1": {"horizon": 500, "steps": 2_000_000},
             "cartpole-discrete": {"hidden": (), "horizon": 200, "steps": 500_000},
             "Acrobot-v1": {"horizon": 500, "steps": 2_000_000},
         },

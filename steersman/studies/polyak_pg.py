@@ -200,7 +200,13 @@ def fresh_returns(policies: Mapping[str, PyTree], episodes: int = 50) -> dict[st
 
 def _row(study: Study, part: str, arm: str, **numbers: Any) -> None:
     """A row with every column of the table, NaN where a number has no meaning."""
-    columns = [*(f"after_{count}" for count in _CHECKPOINTS), "worst_seed", "largest_step", "steps_to_optimum"]
+    columns = [
+        *(f"after_{count}" for count in _CHECKPOINTS[:-1]),
+        "final",
+        "worst_seed",
+        "largest_step",
+        "steps_to_optimum",
+    ]
     study.row(part=part, arm=arm, **{column: float(numbers.get(column, float("nan"))) for column in columns})
 
 
@@ -240,9 +246,9 @@ def _judge_balance(study: Study, balance: Balance, returns: Mapping[str, np.ndar
     final = {label: np.full(1, np.nan) for arm in arms().values() for label in arm.labels}
     for label in balance.curves:
         final[label] = returns[f"{label} @ {episodes[-1]}"]
-        reached = {f"after_{count}": returns[f"{label} @ {count}"].mean() for count in episodes}
-        numbers = {"worst_seed": final[label].min(), "largest_step": balance.largest[label]}
-        _row(study, "balance", label, **reached, **numbers)
+        reached = {f"after_{count}": returns[f"{label} @ {count}"].mean() for count in episodes[:-1]}
+        numbers = {"final": final[label].mean(), "worst_seed": final[label].min()}
+        _row(study, "balance", label, **reached, **numbers, largest_step=balance.largest[label])
     twin, cautious = final["twin, c 1"].mean(), final["twin, c 2"].mean()
     adam = {rate: float(final[f"Adam, learning rate {rate:g}"].mean()) for rate in _ADAM}
     grid = float(np.mean(list(adam.values())))
@@ -309,10 +315,10 @@ def _judge_scales(study: Study, policies: Mapping[str, PyTree], returns: Mapping
     curves = {"twin without a cap, every scale": (np.log10(_SGD), curve_interval(same))}
     labels = arms()["SGD"].labels
     for factor in _FACTORS:
-        part, last = f"rewards x {factor:g}", f"after_{_CHECKPOINTS[-1]}"
+        part = f"rewards x {factor:g}"
         for label in ["twin, cap inf", "twin, cap 100", *labels]:
             of_seeds = returns[f"{label} x {factor:g}"]
-            _row(study, part, label, **{last: of_seeds.mean(), "worst_seed": of_seeds.min()})
+            _row(study, part, label, final=of_seeds.mean(), worst_seed=of_seeds.min())
         grid = np.stack([returns[f"{label} x {factor:g}"] for label in labels])
         best[factor] = _SGD[int(np.argmax(grid.mean(axis=1)))]
         curves[f"SGD, {part}"] = (np.log10(_SGD), curve_interval(grid.T))
@@ -424,8 +430,7 @@ def _classic_control(study: Study) -> Report:
             returns = evaluate_members(arm.learn(problem, seeds, 10_000).policies(), problem, episodes=50)
             for i, label in enumerate(arm.labels):
                 final[label] = arm.part(returns, i)
-                numbers = {f"after_{_CHECKPOINTS[-1]}": final[label].mean(), "worst_seed": final[label].min()}
-                _row(study, task, label, **numbers)
+                _row(study, task, label, final=final[label].mean(), worst_seed=final[label].min())
         twin = final["twin, c 1"].mean()
         grid = float(np.mean([final[f"Adam, learning rate {rate:g}"].mean() for rate in _ADAM]))
         study.claim(
