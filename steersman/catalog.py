@@ -152,6 +152,19 @@ _BOUNDED = {
     for name, preset in _FIRST_ORDER.items()
 }
 
+_SMALL_MODEL = {
+    "alternatives.capacity": 65_536,
+    "alternatives.learner.hidden": (64, 64),
+    "alternatives.learner.activation": "relu",
+    "alternatives.learner.epochs": 2,
+    "alternatives.learner.batches": 40,
+}
+_WITH_MODEL = {
+    name: {**preset, **_SMALL_MODEL}
+    for name, preset in _FIRST_ORDER.items()
+    if name in ("Pendulum-v1", "pendulum-swingup")
+} | {"mujoco": _LOCOMOTION}
+
 
 def _averaged(preset: dict[str, Any]) -> dict[str, Any]:
     """A first-order preset for an averaged proximal policy that is one batch's gradient steps old in the mean."""
@@ -343,7 +356,7 @@ _SYSTEMS = [
             booktitle="Proceedings of the 40th International Conference on Machine Learning",
             year="2023",
         ),
-        presets=_FIRST_ORDER,
+        presets=_WITH_MODEL,
     ),
     System(
         slug="s2pg",

@@ -7,6 +7,7 @@ is done in float64, whatever JAX's default is, and the result comes back in that
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -255,7 +256,12 @@ def _evaluate(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*jax.tree.map(jnp.asarray, arguments))
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         exact = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), arguments)
-        return jax.tree.map(np.asarray, eqx.filter_jit(function)(*exact))
+        return jax.tree.map(np.asarray, _compiled(function)(*exact))
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return eqx.filter_jit(function)
 
 
 def _require_problem(problem: Any) -> None:
@@ -310,6 +316,7 @@ def _stationary_lqg(
     return cost, closed @ keep, closed @ stationary.gain, -gain @ keep, -gain @ stationary.gain
 
 
+@functools.cache
 def _finite_least_cost(horizon: int, state_seen: bool) -> Callable[[_System, Array], Array]:
     def cost(system: _System, discount: Array) -> Array:
         def backward(value: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
@@ -328,6 +335,7 @@ def _finite_least_cost(horizon: int, state_seen: bool) -> Callable[[_System, Arr
     return cost
 
 
+@functools.cache
 def _controller_cost(horizon: int | None) -> Callable[..., Array]:
     def cost(system: _System, controller: LinearController, discount: Array, action: Array, memory: Array) -> Array:
         n, d = system.A.shape[0], controller.A.shape[0]
