@@ -110,31 +110,26 @@ def result_of(task: str) -> ComparisonResult:
     return ComparisonResult(environment=task, systems=systems, versions=versions(), command="", resamples=2000)
 
 
-#: Equal batches, networks and epochs for all, on the pendulum; lot sizing where a post-decision state is needed.
+#: Equal batches, networks and epochs for all, on the pendulum; lot sizing where a post-decision state is needed. The
+#: rest is each system's preset.
 SPEED_SETTINGS = {"num_envs": 16, "num_steps": 128, "epochs": 10, "minibatches": 8}
+SPEED_TASKS = {slug: "pendulum-swingup" for slug in FAMILY if slug != "ppo"} | {"pdppo": "lot-sizing"}
 
 
-def contestants() -> dict[str, tuple[str, dict[str, Any]]]:
-    """System to ``(task, settings)``; each is paired with PPO on the same task."""
-    pendulum = "pendulum-swingup"
-    every = {slug: (pendulum, dict(SPEED_SETTINGS)) for slug in FAMILY if slug not in ("ppo", "trpo", "polyak-pg")}
-    every["s2pg"][1]["memory_size"] = 64
-    every["trpo"] = (pendulum, {"num_envs": 16, "num_steps": 128})
-    every["polyak-pg"] = (pendulum, {"num_episodes": 20, "horizon": 200})
-    every["pdppo"] = ("lot-sizing", dict(SPEED_SETTINGS))
-    return every
+def contestant(slug: str, task: str) -> Any:
+    system = catalog.get(slug)
+    fields = system.load().__dataclass_fields__
+    settings = {**system.preset(task), **{name: value for name, value in SPEED_SETTINGS.items() if name in fields}}
+    settings.pop("steps", None)
+    return build(system, settings, 1_000_000)
 
 
 def speed(only: list[str]) -> None:
     found = load(SPEED)
-    for slug, (task, settings) in contestants().items():
+    for slug, task in SPEED_TASKS.items():
         if only and slug not in only:
             continue
-        fields = {
-            name: value for name, value in settings.items() if name in catalog.get(slug).load().__dataclass_fields__
-        }
-        ours = catalog.get(slug).load()(**fields)
-        ppo = catalog.get("ppo").load()(**SPEED_SETTINGS)
+        ours, ppo = contestant(slug, task), contestant("ppo", task)
         problem = envs.make(task)
         first, rates, ratios = {}, {"ppo": [], slug: []}, []
         for stretch in range(6):
