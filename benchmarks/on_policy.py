@@ -186,7 +186,10 @@ def write_soon() -> None:
             if system is None:
                 cells.append("")
                 continue
-            middle = np.array([float(interquartile_mean(column)) for column in system.curve_returns.T])
+            # Before a seed's first episode has ended there is no number yet.
+            middle = np.array(
+                [float(interquartile_mean(c)) if np.isfinite(c).all() else -np.inf for c in system.curve_returns.T]
+            )
             passed = np.flatnonzero(middle >= mark)
             cells.append(f"{int(system.curve_samples[passed[0]]):,}" if passed.size else "not reached")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

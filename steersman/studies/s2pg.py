@@ -166,7 +166,7 @@ def _regulation(study: Study, seeds: list[int], steps: int, batches: int) -> Non
         name: Estimate(max(e.value, -40.0), points=np.maximum(e.points, -40.0) if len(e.points) else ())
         for name, e in {**lines, **estimates}.items()
     }
-    figure = interval_plot(shown, x_label="exact return of 100 steps (-40: or less)")
+    figure = interval_plot(shown, x_label="return of 100 steps")
     save_figure(figure, study.figure("regulation"))
 
 
@@ -244,7 +244,7 @@ def _epochs(study: Study, smoke: bool) -> None:
         holds=0.8 <= longer <= 1.25,
     )
     bars = {f"{name}, {size}": Estimate(1e3 * value) for (name, size), value in seconds.items()}
-    figure = interval_plot(bars, x_label="ms per epoch of 51,200 transitions")
+    figure = interval_plot(bars, x_label="ms per epoch")
     save_figure(figure, study.figure("epochs"))
 
 

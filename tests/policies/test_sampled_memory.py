@@ -62,6 +62,10 @@ def policy_for(head, architecture, key=KEY):
     return architecture.make(Preprocess(layout(OBSERVATION)), head, initial_log_std=-0.5, key=key)
 
 
+act = eqx.filter_jit(lambda policy, observation, carry: policy.act(observation, carry, KEY))
+parameters_of = eqx.filter_jit(lambda policy, observation, carry: policy.parameters(observation, carry)[0])
+
+
 def equal(found, expected, **tolerance):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, **tolerance), found, expected)
@@ -139,23 +143,27 @@ def test_actions_as_floats():
         assert action_features(head, sample).shape == (action_size(head),)
 
 
-@pytest.mark.parametrize("architecture", [SampledMemory(4, hidden=(5,)), SampledMemory(2, (), cell="linear")])
+ARCHITECTURES = {"gated": SampledMemory(4, hidden=(5,)), "without layers": SampledMemory(2, (), cell="linear")}
+
+
+@pytest.mark.parametrize(("head", "architecture"), [*((h, "gated") for h in HEADS), ("gaussian", "without layers")])
 def test_what_is_carried_is_what_was_sampled(head, architecture):
-    policy = policy_for(head, architecture)
+    head = HEADS[head]
+    policy = policy_for(head, ARCHITECTURES[architecture])
     start = policy.init(KEY)
     equal(jax.tree.map(np.asarray, start), jax.tree.map(np.zeros_like, start))
     observation = jnp.asarray([0.3, -0.4, 1.0])
-    action, carry, record = policy.act(observation, start, KEY)
+    action, carry, record = act(policy, observation, start)
     np.testing.assert_array_equal(carry.memory, record.action.memory)
     np.testing.assert_array_equal(carry.action, action_features(head, record.action.action))
     equal(action, head.to_action(record.action.action))
-    again = policy.head.log_prob(policy.parameters(observation, start)[0], record.action)
-    np.testing.assert_allclose(again, record.log_prob, rtol=1e-6)
+    again = policy.head.log_prob(parameters_of(policy, observation, start), record.action)
+    np.testing.assert_allclose(again, record.log_prob, rtol=1e-5)
     # Another memory or another last action give another distribution of both.
     for changed in (carry._replace(action=start.action), carry._replace(memory=start.memory)):
-        first, other = (policy.parameters(observation, c)[0] for c in (carry, changed))
+        first, other = (parameters_of(policy, observation, c) for c in (carry, changed))
         assert not np.allclose(first.memory.mean, other.memory.mean)
-    equal(policy(observation, start, KEY), (action, carry))
+    equal(eqx.filter_jit(policy)(observation, start, KEY), (action, carry), rtol=1e-6)
 
 
 def test_mode_feeds_the_means_of_both():
@@ -163,22 +171,26 @@ def test_mode_feeds_the_means_of_both():
     carry, means = policy.init(KEY), policy.init(KEY)
     for step in range(3):
         observation = jnp.full(3, 0.1 * step)
-        parameters, _ = policy.parameters(observation, means)
-        action, carry = policy.mode()(observation, carry, KEY)
+        parameters = parameters_of(policy, observation, means)
+        action, carry, _ = act(policy.mode(), observation, carry)
         np.testing.assert_allclose(action, parameters.action.mean, rtol=1e-6)
         means = means._replace(memory=parameters.memory.mean, action=parameters.action.mean)
         equal(carry, means, rtol=1e-6)
 
 
-def test_calls_broadcast_over_leading_axes(head):
+@pytest.mark.parametrize("name", ["several choices", "squashed gaussian"])
+def test_calls_broadcast_over_leading_axes(name):
     """What learning from rows needs: one call on ``[5, 2]`` steps is ten calls on one."""
-    policy = policy_for(head, SampledMemory(4, hidden=(6, 5), activation="tanh"))
-    observation = jax.random.normal(KEY, (5, 2, 3))
-    keys = jax.random.split(KEY, (5, 2))
-    carry = jax.vmap(jax.vmap(lambda o, k: policy.act(o, policy.init(k), k)[1]))(observation, keys)
-    features = jax.vmap(jax.vmap(policy.preprocess))(observation)
-    together = policy.from_features(features, carry)
-    apart = jax.vmap(jax.vmap(policy.from_features))(features, carry)
+    policy = policy_for(HEADS[name], SampledMemory(4, hidden=(6, 5), activation="tanh"))
+
+    @eqx.filter_jit
+    def both(policy, observation, keys):
+        carry = jax.vmap(jax.vmap(lambda o, k: policy.act(o, policy.init(k), k)[1]))(observation, keys)
+        features = jax.vmap(jax.vmap(policy.preprocess))(observation)
+        apart = jax.vmap(jax.vmap(policy.from_features))(features, carry)
+        return policy.from_features(features, carry), apart
+
+    together, apart = both(policy, jax.random.normal(KEY, (5, 2, 3)), jax.random.split(KEY, (5, 2)))
     equal(together, apart, rtol=1e-4, atol=1e-5)
 
 
@@ -195,10 +207,28 @@ def test_linear_kernel_by_hand():
     np.testing.assert_allclose(parameters.memory.log_std, [-1.0, -1.0])
 
 
-def test_start_of_a_linear_kernel_has_orthonormal_rows():
+def test_start_of_a_linear_kernel():
     policy = policy_for(DiagonalGaussian((1,)), LinearMemory(1, initial_gain=0.3))
     weight = np.asarray(policy.network.weight)
     np.testing.assert_allclose(weight @ weight.T, 0.09 * np.eye(2), atol=1e-5)
+    fed = policy_for(DiagonalGaussian((1,)), LinearMemory(1, initial_gain=0.3, initial_feedback=[[-1.0, 0.0, 2.0]]))
+    np.testing.assert_allclose(fed.network.weight - weight, [[0, -1, 0, 2], [0, 0, 0, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [LinearMemory, BackpropagatedLinearMemory])
+@pytest.mark.parametrize("learned", [True, False])
+def test_spreads_that_are_not_learned_have_no_gradient(kind, learned):
+    policy = policy_for(DiagonalGaussian((1,)), kind(1, learn_std=learned))
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def score(policy):
+        _, _, record = policy.act(jnp.ones(3), policy.init(KEY), KEY)
+        return policy.head.log_prob(record.parameters, jax.lax.stop_gradient(record.action))
+
+    gradient = score(policy)
+    assert np.all((np.asarray(gradient.free) != 0) == learned)
+    assert np.any(np.asarray(jax.tree.leaves(gradient.network)[0]) != 0)
 
 
 class Oscillator(eqx.Module):
@@ -218,15 +248,17 @@ def make_oscillator(input_size, size, key):
 
 
 def test_any_cell_can_be_the_memory():
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def score(policy):
+        parameters, _ = policy.parameters(jnp.ones(3), policy.init(KEY))
+        return policy.head.log_prob(parameters, JointSample(jnp.ones(1), jnp.ones(2)))
+
     for cell in ("gru", "vanilla", "linear", make_oscillator):
-        policy = policy_for(DiagonalGaussian((1,)), SampledMemory(2, cell=cell))
-        gradient = eqx.filter_grad(
-            lambda policy: policy.head.log_prob(
-                policy.parameters(jnp.ones(3), policy.init(KEY))[0], JointSample(jnp.ones(1), jnp.ones(2))
-            )
-        )(policy)
-        assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradient.network.cell)[:1])
-        assert np.all(np.isfinite(jax.flatten_util.ravel_pytree(gradient)[0]))
+        gradient = score(policy_for(DiagonalGaussian((1,)), SampledMemory(2, hidden=(4,), cell=cell)))
+        assert np.any(np.asarray(jax.tree.leaves(gradient.network.cell)[0]) != 0)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
 
 def test_without_a_memory_it_is_the_feed_forward_policy():
@@ -259,8 +291,8 @@ def test_the_deterministic_twin_follows_the_mean(sampled, unrolled):
     carry, memory = policy.init(KEY), twin.init(KEY)
     for step in range(3):
         observation = jnp.full(3, 0.3 * step - 0.2)
-        action, carry = policy.mode()(observation, carry, KEY)
-        twin_action, memory = twin.mode()(observation, memory, KEY)
+        action, carry, _ = act(policy.mode(), observation, carry)
+        twin_action, memory, _ = act(twin.mode(), observation, memory)
         np.testing.assert_allclose(action, twin_action, rtol=1e-6)
         np.testing.assert_allclose(carry.memory, memory, rtol=1e-6)
 
@@ -275,7 +307,7 @@ def test_saved_and_loaded_it_behaves_the_same(space, architecture, tmp_path):
     check_policy(policy, Problem())
     save_policy(policy, tmp_path)
     loaded = load_policy(tmp_path)
-    found, expected = (p.act(jnp.ones(3), p.init(KEY), KEY) for p in (loaded, policy))
+    found, expected = (act(p, jnp.ones(3), p.init(KEY)) for p in (loaded, policy))
     equal(found, expected, rtol=0)
 
 
@@ -292,6 +324,11 @@ def test_saved_and_loaded_it_behaves_the_same(space, architecture, tmp_path):
         (lambda: SampledMemory(2, initial_log_std=np.nan), "initial_log_std is nan"),
         (lambda: SampledMemory(2, cell="lstm"), "Unknown cell 'lstm'"),
         (lambda: LinearMemory(1, initial_gain=-0.5), r"initial_gain is -0\.5"),
+        (lambda: LinearMemory(1, initial_feedback=[[np.nan]]), "initial_feedback is"),
+        (
+            lambda: policy_for(DiagonalGaussian((1,)), LinearMemory(1, initial_feedback=[[1.0]])),
+            r"initial_feedback's shape is \(1, 1\).*\(1, 3\)",
+        ),
         (lambda: BackpropagatedMemory(2, previous_action=True), "previous_action is True"),
         (lambda: policy_for(Categorical(2), SampledMemory(2, activation="tahn")), "tanh"),
     ],
