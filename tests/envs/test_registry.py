@@ -19,6 +19,7 @@ OWN = [
     "cartpole-swingup",
     "contextual-bandit",
     "double-integrator",
+    "hidden-velocity",
     "lot-sizing",
     "pendulum-swingup",
     "planar-quadrotor",
