@@ -336,3 +336,10 @@ def test_bad_input(proposals):
     carried = source.init(pendulum, state.actor, jax.random.key(0))
     with pytest.raises(InputError, match=r"alternatives\.minibatches is 7.*divisor of the 64 rows"):
         source.propose(carried, experience, batch, state.actor, None, state.critic, abs)
+
+
+def test_alternatives_and_a_scale_of_whole_batches_are_refused_together():
+    from steersman.rl.advantage_scales import AdvantageMoments
+
+    with pytest.raises(InputError, match="normalize_advantages is AdvantageMoments"):
+        MBMA(normalize_advantages=AdvantageMoments())

@@ -95,6 +95,11 @@ class FirstOrder(ActorCritic[ActorCriticState]):
         for name in ("max_gradient_norm", "value_clip"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), above=0.0)
+        if self.alternatives is not None and isinstance(self.normalize_advantages, AdvantageScale):
+            raise InputError(
+                f"normalize_advantages is {type(self.normalize_advantages).__name__}, but it must be True or False with "
+                "alternatives, whose advantages a scale of whole batches does not know."
+            )
         for name, kind in (("surrogate", Surrogate), ("reference", Reference), ("optimizer", Optimizer)):
             if not isinstance(getattr(self, name), kind):
                 raise InputTypeError(f"{name} is {getattr(self, name)!r}, but it must be of type {kind.__name__}.")
