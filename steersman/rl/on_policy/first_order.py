@@ -97,8 +97,8 @@ class FirstOrder(ActorCritic[ActorCriticState]):
                 require_number(name, getattr(self, name), above=0.0)
         if self.alternatives is not None and isinstance(self.normalize_advantages, AdvantageScale):
             raise InputError(
-                f"normalize_advantages is {type(self.normalize_advantages).__name__}, but it must be True or False with "
-                "alternatives, whose advantages a scale of whole batches does not know."
+                f"normalize_advantages is {type(self.normalize_advantages).__name__}, but it must be True or False "
+                "with alternatives, whose advantages a scale of whole batches does not know."
             )
         for name, kind in (("surrogate", Surrogate), ("reference", Reference), ("optimizer", Optimizer)):
             if not isinstance(getattr(self, name), kind):
