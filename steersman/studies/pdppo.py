@@ -259,9 +259,9 @@ def _show(study: Study, part: str, name: str, arm: Arm) -> None:
         study,
         part,
         f"{name}, rate {arm.rate:g}",
-        mean_return=arm.returns.mean(),
+        mean_return=float(arm.returns.mean()),
         median_return=float(np.median(arm.returns)),
-        worst_return=arm.returns.min(),
+        worst_return=float(arm.returns.min()),
         area=float(np.nanmean(arm.curves)),
     )
 
