@@ -203,7 +203,7 @@ def _value_row(study: Study, arm: str, before: float, after: float) -> None:
     _row(study, "values of a fixed policy", arm, value_explains=before, post_value_explains=after)
 
 
-def _row(study: Study, part: str, arm: str, **cells: float) -> None:
+def _row(study: Study, part: str, arm: str, **cells: Any) -> None:
     names = ("mean_return", "median_return", "worst_return", "area", "value_explains", "post_value_explains")
     study.row(part=part, arm=arm, **{name: float(cells.get(name, float("nan"))) for name in names})
 
