@@ -169,7 +169,7 @@ def invariance_arms(problem: Problem, batch: int, c: int) -> dict[str, PPOEWMA |
     }
 
 
-def _row(study: Study, part: str, arm: str, **numbers: float) -> None:
+def _row(study: Study, part: str, arm: str, **numbers: Any) -> None:
     absent = dict.fromkeys(("batch divided by", "largest gap", "staleness", "iterations", "mean return"), float("nan"))
     study.row(part=part, arm=arm, **{**absent, **{name.replace("_", " "): n for name, n in numbers.items()}})
 

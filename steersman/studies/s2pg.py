@@ -274,7 +274,7 @@ def _batch(algorithm: Any, problem: Problem) -> tuple[PyTree, PyTree]:
     return state, collector.collect(problem, policy, collector.init(problem, policy, jax.random.key(1)))[0]
 
 
-def _row(study: Study, part: str, arm: str, **cells: float) -> None:
+def _row(study: Study, part: str, arm: str, **cells: Any) -> None:
     nothing = dict.fromkeys(("worst", "median", "best", "seconds"), float("nan"))
     study.row(part=part, arm=arm, **{**nothing, **cells})
 
