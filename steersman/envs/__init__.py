@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from steersman.envs.bandit import Bandit, BanditTable, ContextualBandit
+from steersman.envs.chunked import ChunkedEnvironment
 from steersman.envs.control_problem import (
     ContinuousTimeProblem,
     ControlEnvironment,
@@ -25,6 +26,18 @@ from steersman.envs.environment import Environment, Problem, as_problem
 from steersman.envs.hidden_velocity import HiddenVelocity
 from steersman.envs.linear_gaussian import LinearGaussianProblem
 from steersman.envs.lot_sizing import LotSizing, lumpy_lot_sizing
+from steersman.envs.planar import (
+    DetourReach,
+    Discs,
+    DriftingGoal,
+    Gate,
+    HiddenTarget,
+    ObstacleGate,
+    TwoWalls,
+    best_gaussian,
+    hidden_target_success,
+    hidden_target_value,
+)
 from steersman.envs.post_decision import DeclaredPostDecision, PostDecisionEnvironment, check_post_decision
 
 if TYPE_CHECKING:
@@ -56,28 +69,39 @@ __all__ = [
     "BraxEnvironment",
     "CartPoleBalance",
     "CartPoleSwingUp",
+    "ChunkedEnvironment",
     "ContextualBandit",
     "ContinuousTimeProblem",
     "ControlEnvironment",
     "ControlProblem",
     "DeclaredPostDecision",
+    "DetourReach",
     "DiscreteCartPole",
+    "Discs",
     "DoubleIntegrator",
+    "DriftingGoal",
     "Environment",
+    "Gate",
     "GymnasiumProblem",
+    "HiddenTarget",
     "HiddenVelocity",
     "LinearGaussianProblem",
     "LotSizing",
+    "ObstacleGate",
     "Pendulum",
     "PlanarQuadrotor",
     "PostDecisionEnvironment",
     "Problem",
     "Scene",
+    "TwoWalls",
     "animate",
     "animate_frames",
     "as_problem",
+    "best_gaussian",
     "check",
     "check_post_decision",
+    "hidden_target_success",
+    "hidden_target_value",
     "lumpy_lot_sizing",
     "make",
     "mujoco_scene",

@@ -26,6 +26,7 @@ from steersman.envs.dynamics import (
 from steersman.envs.environment import Problem, as_problem
 from steersman.envs.hidden_velocity import HiddenVelocity
 from steersman.envs.lot_sizing import LotSizing
+from steersman.envs.planar import DetourReach, DriftingGoal, HiddenTarget, ObstacleGate, TwoWalls
 from steersman.errors import InputError, InputTypeError, unknown_name
 
 _FACTORIES: dict[str, Callable[..., Any]] = {
@@ -33,11 +34,16 @@ _FACTORIES: dict[str, Callable[..., Any]] = {
     "cartpole-discrete": DiscreteCartPole,
     "cartpole-swingup": CartPoleSwingUp,
     "contextual-bandit": ContextualBandit,
+    "detour-reach": DetourReach,
     "double-integrator": DoubleIntegrator,
+    "drifting-goal": DriftingGoal,
+    "hidden-target": HiddenTarget,
     "hidden-velocity": HiddenVelocity,
     "lot-sizing": LotSizing,
+    "obstacle-gate": ObstacleGate,
     "pendulum-swingup": Pendulum,
     "planar-quadrotor": PlanarQuadrotor,
+    "two-walls": TwoWalls,
 }
 
 

@@ -1,5 +1,25 @@
 """Neural building blocks that Equinox lacks."""
 
-from steersman.networks.mlp import ACTIVATIONS, MLP, orthogonal
+from steersman.networks.denoiser_mlp import MLPDenoiser
+from steersman.networks.denoiser_transformer import TransformerDenoiser
+from steersman.networks.encoders import ConvEncoder, PointNet, ResNet18, WindowEncoder, spatial_softmax
+from steersman.networks.mlp import ACTIVATIONS, MLP, mish, orthogonal
+from steersman.networks.temporal_unet import TemporalUNet
+from steersman.networks.time_embedding import OctaveTime, SinusoidalTime
 
-__all__ = ["ACTIVATIONS", "MLP", "orthogonal"]
+__all__ = [
+    "ACTIVATIONS",
+    "MLP",
+    "ConvEncoder",
+    "MLPDenoiser",
+    "OctaveTime",
+    "PointNet",
+    "ResNet18",
+    "SinusoidalTime",
+    "TemporalUNet",
+    "TransformerDenoiser",
+    "WindowEncoder",
+    "mish",
+    "orthogonal",
+    "spatial_softmax",
+]

@@ -13,12 +13,24 @@ from jaxtyping import Array, Float, Key
 
 from steersman.errors import require, require_count, unknown_name
 
+
+def mish(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``x tanh(log(1 + exp(x)))`` (Misra, 2019, arXiv:1908.08681), with one exponential that cannot overflow."""
+    # With u = exp(-|x|), tanh(log(1 + exp(x))) is (1 + 2u) / (1 + 2u + 2u^2) above zero and (u^2 + 2u) over that plus
+    # two below.
+    u = jnp.exp(-jnp.abs(x))
+    above = x >= 0
+    top = jnp.where(above, 1.0 + 2.0 * u, u * (u + 2.0))
+    return x * top / (top + jnp.where(above, 2.0 * u * u, 2.0))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
     "relu": jax.nn.relu,
     "swish": jax.nn.swish,
     "gelu": jax.nn.gelu,
     "elu": jax.nn.elu,
+    "mish": mish,
 }
 
 
@@ -81,7 +93,7 @@ class MLP(eqx.Module):
             input_size: length of the input.
             output_size: length of the output.
             hidden: width of each hidden layer.
-            activation: one of ``tanh``, ``relu``, ``swish``, ``gelu``, ``elu``.
+            activation: one of ``tanh``, ``relu``, ``swish``, ``gelu``, ``elu``, ``mish``.
             output_gain: scale of the last layer; 0.01 makes a policy start nearly uniform.
             key: randomness of the initialization.
         """

@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, Key, PyTree
 
 from steersman.envs.spaces import as_gymnasium_space
@@ -29,6 +30,11 @@ class ChunkCarry(eqx.Module):
     played: Int[Array, ""]
     history: PyTree
     started: Array
+
+
+def _is_observation(given: Any) -> bool:
+    leaves = jax.tree.leaves(given)
+    return bool(leaves) and all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves)
 
 
 class ChunkPolicy(Policy):
@@ -69,7 +75,7 @@ class ChunkPolicy(Policy):
         Args:
             generator: makes chunks.
             action_horizon: rows played out of each chunk.
-            observation_space: the Gymnasium or gymnax space of one observation.
+            observation_space: the Gymnasium or gymnax space of one observation, or an observation like all others.
             observation_horizon: length of the history, or None for none.
             first_row: rows skipped at each chunk's start.
 
@@ -81,7 +87,10 @@ class ChunkPolicy(Policy):
         if observation_horizon is not None:
             require_count("observation_horizon", observation_horizon)
         self.generator = generator
-        self.blank = zero_element(as_gymnasium_space(observation_space))
+        if _is_observation(observation_space):
+            self.blank = jax.tree.map(jnp.zeros_like, observation_space)
+        else:
+            self.blank = zero_element(as_gymnasium_space(observation_space))
         self.action_horizon = action_horizon
         self.observation_horizon = observation_horizon
         self.first_row = first_row

@@ -218,7 +218,7 @@ def _invariance(study: Study, problem: Problem) -> None:
     save_figure(figure, study.figure("invariance"))
 
 
-def _mean(values: np.ndarray, axis: Any = None) -> np.ndarray:
+def _mean(values: np.ndarray, axis: Any = None) -> Any:
     return np.mean(values, axis=axis)
 
 

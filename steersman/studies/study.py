@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
+
 from steersman.errors import InputError, InputTypeError, require
 
 Budget = Literal["smoke", "cpu", "full"]
@@ -94,7 +96,7 @@ class Study:
         self._figures: list[Path] = []
         self._notes: list[str] = []
 
-    def claim(self, text: str, *, expected: str, measured: str, holds: bool) -> None:
+    def claim(self, text: str, *, expected: str, measured: str, holds: bool | np.bool_) -> None:
         """Adds a claim; at the ``smoke`` budget it is recorded but not judged."""
         self._claims.append(Claim(text, expected, measured, None if self.budget == "smoke" else bool(holds)))
 

@@ -14,7 +14,7 @@ from steersman.training.minibatches import minibatch_epochs, shuffled
 from steersman.training.normalization import RewardScaler, RunningMoments
 from steersman.training.optimizers import SGD, Adam, Optimizer
 from steersman.training.replay import Replay, Transition, transitions
-from steersman.training.schedules import Linear, Schedule, resolve, scalar
+from steersman.training.schedules import Linear, Schedule, WarmupCosine, resolve, scalar
 from steersman.training.staleness import Stale
 from steersman.training.step_sizes import Polyak, polyak_sps
 
@@ -47,6 +47,7 @@ __all__ = [
     "Stale",
     "Trained",
     "Transition",
+    "WarmupCosine",
     "apply_settings",
     "bootstrapped_return",
     "compare",

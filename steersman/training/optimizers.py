@@ -46,6 +46,23 @@ class Adam(Optimizer):
         return optax.with_extra_args_support(optax.scale_by_adam(**numbers))
 
 
+class AdamW(Adam):
+    """Adam with weight decay apart from the gradient (Loshchilov and Hutter, 2019, arXiv:1711.05101).
+
+    Attributes:
+        weight_decay: fraction of the parameters subtracted in each step, times the learning rate.
+    """
+
+    weight_decay: Continuous = scalar(1e-6)
+
+    def __check_init__(self) -> None:
+        require_number("weight_decay", self.weight_decay, at_least=0.0)
+
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
+        decay: Any = self.weight_decay
+        return optax.with_extra_args_support(optax.chain(super().transformation(), optax.add_decayed_weights(decay)))
+
+
 class SGD(Optimizer):
     """The gradient itself."""
 

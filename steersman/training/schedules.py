@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree, UInt32
 
-from steersman.errors import require_number
+from steersman.errors import require, require_number
 
 T = TypeVar("T", bound=PyTree)
 
@@ -68,6 +68,38 @@ class Linear(Schedule):
     def __call__(self, samples: UInt32[Array, ""]) -> Float[Array, ""]:
         fraction = jnp.clip(samples.astype(jnp.float32) / self.steps, 0.0, 1.0)
         return self.start + (self.end - self.start) * fraction
+
+
+class WarmupCosine(Schedule):
+    """Rises linearly from 0 to ``peak``, then falls along half a cosine to ``end``, which it keeps.
+
+    Attributes:
+        peak: the greatest value.
+        steps: samples until the end, the warm-up included.
+        warmup: samples until the peak.
+        end: the value at the end.
+    """
+
+    peak: Continuous = eqx.field(converter=as_scalar)
+    steps: Continuous = eqx.field(converter=as_scalar)
+    warmup: Continuous = scalar(0.0)
+    end: Continuous = scalar(0.0)
+
+    def __check_init__(self) -> None:
+        require_number("peak", self.peak, at_least=0.0)
+        require_number("warmup", self.warmup, at_least=0.0)
+        require_number("end", self.end, at_least=0.0)
+        require_number("steps", self.steps, above=0.0)
+        if not isinstance(self.warmup, Tracer) and not isinstance(self.steps, Tracer):
+            require(bool(jnp.all(self.warmup < self.steps)), "warmup", float(self.warmup), "below steps")
+
+    def __call__(self, samples: UInt32[Array, ""]) -> Float[Array, ""]:
+        done = samples.astype(jnp.float32)
+        # The first sample is not wasted on a value of zero.
+        rising = self.peak * (done + 1.0) / jnp.maximum(self.warmup, 1.0)
+        fraction = jnp.clip((done - self.warmup) / (self.steps - self.warmup), 0.0, 1.0)
+        falling = self.end + 0.5 * (self.peak - self.end) * (1.0 + jnp.cos(jnp.pi * fraction))
+        return jnp.where(done < self.warmup, rising, falling)
 
 
 def resolve(tree: T, samples: UInt32[Array, ""]) -> T:

@@ -18,11 +18,16 @@ OWN = [
     "cartpole-discrete",
     "cartpole-swingup",
     "contextual-bandit",
+    "detour-reach",
     "double-integrator",
+    "drifting-goal",
+    "hidden-target",
     "hidden-velocity",
     "lot-sizing",
+    "obstacle-gate",
     "pendulum-swingup",
     "planar-quadrotor",
+    "two-walls",
 ]
 
 
