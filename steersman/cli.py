@@ -385,9 +385,16 @@ def build(system: catalog.System, settings: dict[str, Any], steps: int) -> Any:
         settings: hyperparameters by dotted name.
         steps: length of training, where a schedule that names no length ends.
     """
+    from steersman.training.algorithm import InteractiveAlgorithm
     from steersman.training.hyperparameters import apply_settings, get_hyperparameter
 
-    algorithm = system.load()()
+    entry = system.load()
+    if not (isinstance(entry, type) and issubclass(entry, InteractiveAlgorithm)):
+        raise InputError(
+            f"system is {system.slug!r}, which does not learn from an environment alone: it works on policies or data "
+            f"of yours; see its page, and 'steersman study {system.slug}'."
+        )
+    algorithm = entry()
     values: dict[str, Any] = {}
     for name, text in sorted(settings.items(), key=lambda item: item[0].count(".")):
         first, _, rest = name.partition(".")

@@ -80,6 +80,10 @@ class NoiseProcess(eqx.Module):
     def prior_scale(self) -> float:
         """Standard deviation of what a sampler starts from."""
 
+    def noise_scale(self, level: Array) -> Float[Array, "..."]:
+        """Standard deviation of a chunk at `level` behind which nothing is known yet."""
+        return self.coefficients(level)[1]
+
     def perturb(self, clean: Float[Array, "..."], noise: Float[Array, "..."], level: Array) -> Float[Array, "..."]:
         """``alpha a + sigma e``; `level` has the leading axes of `clean`."""
         alpha, sigma = self.coefficients(level)
@@ -157,6 +161,9 @@ class DiscreteVP(NoiseProcess):
         log_ratio = jnp.log(self.signal[1:]) - jnp.log1p(-self.signal[1:])
         between = jnp.interp(level, jnp.arange(self.levels), log_ratio)
         return jnp.sqrt(jax.nn.sigmoid(between)), jnp.sqrt(jax.nn.sigmoid(-between))
+
+    def noise_scale(self, level: Array) -> Float[Array, "..."]:
+        return jnp.ones_like(self.coefficients(level)[1])
 
     def network_time(self, level: Array) -> Float[Array, "..."]:
         return jnp.asarray(level, jnp.result_type(float))
@@ -277,6 +284,9 @@ class ContinuousVP(ContinuousProcess):
     def coefficients(self, level: Array) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         exponent = self._exponent(jnp.asarray(level, jnp.result_type(float)))
         return jnp.exp(exponent), jnp.sqrt(-jnp.expm1(2.0 * exponent))
+
+    def noise_scale(self, level: Array) -> Float[Array, "..."]:
+        return jnp.ones_like(self.coefficients(level)[1])
 
     def network_time(self, level: Array) -> Float[Array, "..."]:
         return jnp.asarray(level)

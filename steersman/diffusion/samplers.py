@@ -94,6 +94,10 @@ class Sampler(eqx.Module):
             )
         return process.grid(levels)
 
+    def start_scale(self, process: NoiseProcess) -> Float[Array, ""] | float:
+        """Standard deviation of the noise that it starts from."""
+        return process.prior_scale
+
     def init(self, x: Float[Array, "H D"]) -> PyTree:
         """The memory before the first step; empty unless a rule has one."""
         del x
@@ -248,6 +252,41 @@ class DDIM(StochasticSampler):
         return alpha_next * found.sample + jnp.sqrt(jnp.maximum(sigma_next**2 - std**2, 0.0)) * noise, std
 
 
+class OneCall(Sampler):
+    """The sample that is predicted at one fixed level: one call of the network, for denoisers distilled to that.
+
+    Attributes:
+        level: where the network is asked.
+        deterministic: whether it starts from zero instead of noise.
+    """
+
+    level: float | int = eqx.field(static=True)
+    deterministic: bool = eqx.field(static=True, default=False)
+    steps: int | None = eqx.field(static=True, default=1)
+    limit: float | None = eqx.field(static=True, default=1.0)
+
+    def grid(self, process: NoiseProcess) -> Grid:
+        clean = process.grid(1).following
+        return Grid(jnp.asarray([self.level], clean.dtype), clean)
+
+    def start_scale(self, process: NoiseProcess) -> Float[Array, ""] | float:
+        return 0.0 if self.deterministic else process.noise_scale(self.grid(process).current[0])
+
+    def step(
+        self,
+        predict: Predict,
+        process: NoiseProcess,
+        x: Float[Array, "H D"],
+        current: Array,
+        following: Array,
+        noise: Float[Array, "H D"],
+        memory: PyTree,
+    ) -> Step:
+        del process, following, noise
+        chunk = predict(x, current).sample
+        return Step(chunk, chunk, jnp.zeros((), x.dtype), memory)
+
+
 class SolverMemory(eqx.Module):
     """What a two-step solver remembers.
 
@@ -355,7 +394,8 @@ def limited(predict: Predict, limit: float | None) -> Predict:
 
     def bounded(x: Array, level: Array) -> Prediction:
         found = predict(x, level)
-        return Prediction(found.noise, jnp.clip(found.sample, -limit, limit))
+        # Whatever else a kind of prediction carries is kept.
+        return eqx.tree_at(lambda each: each.sample, found, jnp.clip(found.sample, -limit, limit))
 
     return bounded
 
@@ -400,7 +440,7 @@ def sample(
     start_key, noise_key = (None, None) if key is None else jax.random.split(key)
     if start is None:
         assert start_key is not None
-        start = process.prior_scale * jax.random.normal(start_key, denoiser.chunk_shape)
+        start = sampler.start_scale(process) * jax.random.normal(start_key, denoiser.chunk_shape)
     x = jnp.asarray(start)
     if noises is None:
         noises = jnp.zeros((grid.steps, *x.shape), x.dtype)

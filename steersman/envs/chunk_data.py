@@ -15,15 +15,56 @@ from jaxtyping import Array, Float, Int, PyTree
 from steersman.errors import InputError, require, require_count
 
 
-class ChunkData(eqx.Module):
-    """Pairs of an observation (or a window of them) and the chunk of actions that an expert followed it with."""
+def _leading(name: str, tree: PyTree) -> int:
+    sizes = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else None for leaf in jax.tree.leaves(tree)}
+    size = sizes.pop() if len(sizes) == 1 else None
+    if not size:
+        raise InputError(
+            f"{name} must hold arrays with one common leading axis of at least 1, but it has {sizes or size}."
+        )
+    return size
+
+
+class ObservationData(eqx.Module):
+    """Observations (or windows of them) to learn at, as distillation does, which needs no actions."""
 
     is_problem: ClassVar[bool] = True
 
     @property
     @abc.abstractmethod
     def size(self) -> int:
-        """Number of pairs ``N``."""
+        """Number of observations ``N``."""
+
+    @abc.abstractmethod
+    def observation_batch(self, index: Int[Array, " B"]) -> PyTree:
+        """The observations `index`."""
+
+
+class Observations(ObservationData):
+    """Observations that are given as such.
+
+    Attributes:
+        observation: leaves ``[N, ...]``.
+    """
+
+    observation: PyTree
+
+    def __check_init__(self) -> None:
+        _leading("observation", self.observation)
+
+    @property
+    def size(self) -> int:
+        return _leading("observation", self.observation)
+
+    def observation_batch(self, index: Int[Array, " B"]) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[index], self.observation)
+
+
+class ChunkData(ObservationData):
+    """Pairs of an observation (or a window of them) and the chunk of actions that an expert followed it with."""
+
+    def observation_batch(self, index: Int[Array, " B"]) -> PyTree:
+        return self.batch(index)[0]
 
     @abc.abstractmethod
     def batch(self, index: Int[Array, " B"]) -> tuple[PyTree, Float[Array, "B H D"]]:
@@ -43,16 +84,6 @@ class ChunkData(eqx.Module):
     def observation_horizon(self) -> int | None:
         """Length ``To`` of the windows; None where a pair has one observation without that axis."""
         return None
-
-
-def _leading(name: str, tree: PyTree) -> int:
-    sizes = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else None for leaf in jax.tree.leaves(tree)}
-    size = sizes.pop() if len(sizes) == 1 else None
-    if not size:
-        raise InputError(
-            f"{name} must hold arrays with one common leading axis of at least 1, but it has {sizes or size}."
-        )
-    return size
 
 
 class ChunkPairs(ChunkData):

@@ -96,6 +96,10 @@ class Study:
         self._figures: list[Path] = []
         self._notes: list[str] = []
 
+    def needs(self, what: str) -> InputError:
+        """The error for a budget that cannot be run here, to be raised."""
+        return InputError(f"budget is {self.budget!r}, but that study needs {what}; use 'cpu' or 'smoke'.")
+
     def claim(self, text: str, *, expected: str, measured: str, holds: bool | np.bool_) -> None:
         """Adds a claim; at the ``smoke`` budget it is recorded but not judged."""
         self._claims.append(Claim(text, expected, measured, None if self.budget == "smoke" else bool(holds)))

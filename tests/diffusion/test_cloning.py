@@ -88,7 +88,7 @@ def test_bad_data_is_told():
     with pytest.raises(InputError, match="has NaN or infinity"):
         Scaling.fit(np.asarray([[1.0], [np.nan]]))
     with pytest.raises(InputTypeError, match="ChunkData"):
-        train(Cloning(), "CartPole-v1", iterations=1)
+        Cloning().init("data", jax.random.key(0))
     data = EpisodeChunks.cut([good], horizon=4, observation_horizon=2)
     with pytest.raises(InputError, match="action_horizon is 4"):
         train(Cloning(action_horizon=4), data, iterations=1)
