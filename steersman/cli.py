@@ -391,8 +391,8 @@ def build(system: catalog.System, settings: dict[str, Any], steps: int) -> Any:
     entry = system.load()
     if not (isinstance(entry, type) and issubclass(entry, InteractiveAlgorithm)):
         raise InputError(
-            f"system is {system.slug!r}, which does not learn from an environment alone: it works on policies or data "
-            f"of yours; see its page, and 'steersman study {system.slug}'."
+            f"system is {system.slug!r}, which this command does not train: it works on policies or data of yours, or "
+            f"in stages of its own; see its page, and 'steersman study {system.slug}'."
         )
     algorithm = entry()
     values: dict[str, Any] = {}

@@ -128,6 +128,7 @@ def test_cite(capsys):
         (["train", "pop", "--env", "CartPole-v1"], "Unknown system 'pop': did you mean .*'ppo'"),
         (["train", "ppo", "--env", "CartPol-v1"], "Unknown environment 'CartPol-v1': did you mean 'CartPole-v1'"),
         (["train", "ppo"], "env is missing"),
+        (["train", "onedp", "--env", "cartpole-discrete"], "system is 'onedp', which this command does not train"),
         (["train"], "system is missing"),
         (["train", "ppo", "--env", "cartpole-discrete", "--set", "learning_rat=1"], "did you mean 'learning_rate'"),
         (

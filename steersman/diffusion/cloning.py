@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -52,6 +53,8 @@ class MLPRecipe(DenoiserRecipe):
         hidden: width of each hidden layer.
         activation: between layers.
         time_size: number of time features.
+        time_features: other features of time, for example :class:`~steersman.networks.OctaveTime`, in place of that
+            number of sinusoids.
         output_scale: constant factor on the network's output.
         encoder: makes the condition of an observation; a vector of all its numbers where None.
     """
@@ -61,6 +64,7 @@ class MLPRecipe(DenoiserRecipe):
     hidden: tuple[int, ...] = eqx.field(static=True, default=(256, 256, 256))
     activation: str = eqx.field(static=True, default="swish")
     time_size: int = eqx.field(static=True, default=16)
+    time_features: Callable[[Array], Array] | None = None
     output_scale: float = eqx.field(static=True, default=1.0)
     encoder: EncoderRecipe | None = None
 
@@ -83,6 +87,7 @@ class MLPRecipe(DenoiserRecipe):
             self.activation,
             time_size=self.time_size,
             longest_time=longest,
+            time_features=self.time_features,
             key=network_key,
         )
         return NetworkDenoiser(

@@ -9,6 +9,8 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from steersman.diffusion.predictions import Prediction, check_prediction, read_prediction
@@ -151,6 +153,17 @@ class Matched(Denoiser):
 
 def on_process(denoiser: Denoiser, process: NoiseProcess, *, between: bool = False) -> Denoiser:
     """`denoiser` on the levels of `process`; itself where it is on them already."""
-    if bool(eqx.tree_equal(denoiser.process, process)):
+    if same_process(denoiser.process, process):
         return denoiser
     return Matched(denoiser, process, between=between and isinstance(denoiser.process, DiscreteVP))
+
+
+def same_process(one: NoiseProcess, other: NoiseProcess) -> bool:
+    """Whether two processes are the same, also inside ``jit``; those being traced are if their structure is."""
+    leaves, other_leaves = jax.tree.leaves(one), jax.tree.leaves(other)
+    if jax.tree.structure(one) != jax.tree.structure(other):
+        return False
+    return all(
+        isinstance(a, Tracer) or isinstance(b, Tracer) or np.array_equal(np.asarray(a), np.asarray(b))
+        for a, b in zip(leaves, other_leaves, strict=True)
+    )

@@ -107,6 +107,15 @@ class NetworkPolicy(StochasticPolicy):
             parameters = self.head.mask(parameters, features.allowed)
         return parameters, carry
 
+    def parameters_for(self, features: Features, carry: PyTree, sample: PyTree) -> PyTree:
+        """Distribution parameters as the likelihood of `sample` needs them; for most policies they ignore it.
+
+        A policy that has only a substitute for its likelihood, worked out from what it recorded beside its action,
+        answers here with the numbers that its head makes the substitute of. Broadcasts over leading axes.
+        """
+        del sample
+        return self.from_features(features, carry)[0]
+
     def parameters(self, observation: PyTree, carry: PyTree) -> tuple[PyTree, PyTree]:
         return self.from_features(self.preprocess(observation), carry)
 

@@ -34,10 +34,12 @@ class Features(NamedTuple):
     Attributes:
         vector: the flattened, standardized observation.
         allowed: which discrete actions may be taken, or None where the observation carries no action mask.
+        observation: the observation itself, for networks that read its parts in their own way; empty for all others.
     """
 
     vector: Float[Array, "... size"]
     allowed: PyTree = None
+    observation: PyTree = ()
 
 
 class Preprocess(eqx.Module):

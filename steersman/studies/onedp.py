@@ -1,10 +1,10 @@
 """Does a diffusion policy survive being distilled into one network call? (Wang et al., 2025, arXiv:2410.21257)
 
-A chunk of four waypoints reaches a goal with a bump up or down; the two are equally likely. A perceptron learns it as a
-diffusion policy of 100 levels and is distilled: with noise (OneDP-S, 4,000 updates) and without (OneDP-D, 1,500). Beside
-them the teacher with 100, 10 and 1 steps, and the generator before distillation. Each method's learning rate is the
-best of three on a teacher and seed that are not judged. A chunk succeeds if its bump has its height within 0.15 and its
-last row the goal within 0.12. Then the same for demonstrations with bumps up alone.
+A chunk of four waypoints reaches a goal with a bump up or down; the two are equally likely. A perceptron learns it as
+a diffusion policy of 100 levels and is distilled: with noise (OneDP-S, 4,000 updates) and without (OneDP-D, 1,500).
+Beside them the teacher with 100, 10 and 1 steps, and the generator before distillation. Each method's learning rate is
+the best of three on a teacher and seed that are not judged. A chunk succeeds if its bump has its height within 0.15
+and its last row the goal within 0.12. Then the same for demonstrations with bumps up alone.
 
 The second denoiser's rate is twice the generator's; the paper's ratio of 20 is for much longer runs.
 """

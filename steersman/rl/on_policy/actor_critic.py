@@ -321,7 +321,7 @@ def in_rows(actor: NetworkPolicy, batch: Batch) -> Batch:
 def likelihood(actor: NetworkPolicy, rows: Batch) -> PyTree:
     """Distribution parameters of `actor` at every row, unrolling its memory where it has to be."""
     if not actor.unrolled:
-        return actor.from_features(rows.features, rows.carry)[0]
+        return actor.parameters_for(rows.features, rows.carry, rows.action)
 
     def unroll(features: Features, carry: PyTree, start: Bool[Array, " T"]) -> PyTree:
         fresh = actor.init(jax.random.key(0))

@@ -58,6 +58,7 @@ class FirstOrder(ActorCritic[ActorCriticState]):
         alternatives: where more actions at the visited states come from, or None.
         optimizer: how a gradient becomes a step.
         learning_rate: step size; give a :class:`~steersman.training.Linear` schedule to anneal it.
+        critic_learning_rate: step size of the critic; that of the actor where None.
         epochs: passes over a batch ``K``.
         minibatches: equal parts of a pass.
         value_coefficient: weight of the critic's squared error ``c1``.
@@ -65,6 +66,8 @@ class FirstOrder(ActorCritic[ActorCriticState]):
         max_gradient_norm: bound of the global gradient norm, or None.
         value_clip: distance that a value may move within one update before its loss stops pulling, or None.
         normalize_advantages: standardize advantages within each minibatch, or an object that scales whole batches.
+        target_kl: minibatches on which the approximate divergence from the reference policy exceeds this number are
+            skipped, which ends learning from a batch early; None to skip none.
     """
 
     surrogate: Surrogate = eqx.field(default_factory=Clip)
@@ -73,6 +76,7 @@ class FirstOrder(ActorCritic[ActorCriticState]):
     alternatives: AlternativeSource | None = None
     optimizer: Optimizer = eqx.field(default_factory=Adam)
     learning_rate: Scheduled = scalar(3e-4)
+    critic_learning_rate: Scheduled | None = scalar(None)
     epochs: int = eqx.field(static=True, default=10)
     minibatches: int = eqx.field(static=True, default=8)
     value_coefficient: Scheduled = scalar(0.5)
@@ -80,6 +84,7 @@ class FirstOrder(ActorCritic[ActorCriticState]):
     max_gradient_norm: Continuous | None = scalar(0.5)
     value_clip: Continuous | None = scalar(None)
     normalize_advantages: bool | AdvantageScale = True
+    target_kl: Continuous | None = scalar(None)
 
     def __check_init__(self) -> None:
         require_count("epochs", self.epochs)
@@ -92,7 +97,10 @@ class FirstOrder(ActorCritic[ActorCriticState]):
         for name in ("value_coefficient", "entropy_coefficient"):
             if not isinstance(getattr(self, name), Schedule):
                 require_number(name, getattr(self, name), at_least=0.0)
-        for name in ("max_gradient_norm", "value_clip"):
+        rate = self.critic_learning_rate
+        if rate is not None and not isinstance(rate, Schedule):
+            require_number("critic_learning_rate", rate, above=0.0)
+        for name in ("max_gradient_norm", "value_clip", "target_kl"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), above=0.0)
         if self.alternatives is not None and isinstance(self.normalize_advantages, AdvantageScale):
@@ -139,7 +147,13 @@ class FirstOrder(ActorCritic[ActorCriticState]):
 
         def step(gradient: Learned, optimizer_state: PyTree, learned: Learned, **seen: Array) -> tuple[Learned, PyTree]:
             direction, optimizer_state = optimizer.update(gradient, optimizer_state, learned, **seen)
-            return jax.tree.map(lambda p, s: p - now.learning_rate * s, learned, direction), optimizer_state
+            actor_rate, critic_rate = now.learning_rate, now.critic_learning_rate
+            rates = Learned(actor_rate, actor_rate, actor_rate if critic_rate is None else critic_rate)
+
+            def moved(rate: Any, part: PyTree, direction: PyTree) -> PyTree:
+                return jax.tree.map(lambda p, s: p - rate * s, part, direction)
+
+            return Learned(*map(moved, rates, learned, direction)), optimizer_state
 
         def descend(running: Running, minibatch: Batch) -> tuple[Running, None]:
             def parameters_of(learned: Learned, rows: Batch = minibatch) -> PyTree:
@@ -150,6 +164,10 @@ class FirstOrder(ActorCritic[ActorCriticState]):
                 running.learned, state, held, running.surrogate
             )
             learned, optimizer_state = step(gradient, running.optimizer, running.learned, value=loss)
+            if now.target_kl is not None:
+                far = objectives.approximate_kl(drawn.log_ratio) > now.target_kl
+                held_back = (running.learned, running.optimizer), (learned, optimizer_state)
+                learned, optimizer_state = jax.tree.map(lambda old, new: jnp.where(far, old, new), *held_back)
             surrogate = now.surrogate.learn(*jax.lax.stop_gradient(drawn), running.surrogate)
             reference = now.reference.track(running.reference, learned)
             return Running(learned, optimizer_state, surrogate, reference, running.phase), None

@@ -47,7 +47,7 @@ def episode_likelihood(policy: NetworkPolicy, experience: Experience) -> PyTree:
     """
     features = jax.vmap(jax.vmap(policy.preprocess))(experience.observation)
     if not policy.unrolled:
-        return policy.from_features(features, experience.carry)[0]
+        return policy.parameters_for(features, experience.carry, experience.record.action)
 
     def unroll(features: Features, carry: PyTree) -> PyTree:
         def step(carry: PyTree, features: Features) -> tuple[PyTree, PyTree]:
