@@ -4,6 +4,10 @@ A reach around a disc. The camera, a line of pixels, tells in which direction th
 sensor, a small point cloud, how far and badly in which direction. One network is trained for each, with an encoder of
 its own, on the same chunks, with the same steps, sizes and rates; a third sees both and is the upper reference. A
 broken camera is the case in which nothing is to be gained. Every arm plays the same episodes, three blocks of them.
+
+Actions are standardized and samples not limited, for all arms. With actions scaled to [-1, 1] and limited to that, the
+composition of these networks reached 0.48 at equal weights; the choice was made on a training and episodes of seeds
+that the study does not use, where standardized actions reached 0.70.
 """
 
 from __future__ import annotations
@@ -82,12 +86,12 @@ def run(budget: str = "cpu", seed: int = 0, folder: str | Path | None = None) ->
     size, steps, count, blocks = (64, 2, 4, 1) if smoke else (20_000, 4_000, 1_000, 3)
     key = jax.random.key(seed + 17)
     data = two_modality_demonstrations(key, size)
-    scaling = Scaling.fit(data.chunk)
+    scaling = Scaling.fit(data.chunk, "standard")
 
     def clone(observation: PyTree, encoder: Any) -> ChunkGenerator:
         algorithm = Cloning(
             recipe=MLPRecipe(process=process, encoder=encoder, time_size=10),
-            sampler=DDPM(),
+            sampler=DDPM(limit=None),
             learning_rate=WarmupCosine(1e-3, steps + 1, 0.025 * steps),
             action_scaling=scaling,
         )
