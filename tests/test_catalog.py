@@ -5,12 +5,15 @@ import pytest
 import steersman
 from steersman import catalog
 from steersman.errors import InputError
+from steersman.policies import Policy
 from steersman.training import Algorithm
 
 
 @pytest.mark.parametrize("system", catalog.systems(), ids=lambda s: s.slug)
 def test_every_entry_leads_somewhere(system):
-    assert issubclass(system.load(), Algorithm)
+    entry = system.load()
+    # Learners are algorithms; what combines or speeds up policies is a policy, or a function that makes one.
+    assert issubclass(entry, (Algorithm, Policy)) if isinstance(entry, type) else callable(entry)
     assert callable(importlib.import_module(system.study).run)
     assert system.bibtex.startswith("@")
     assert str(system.year) in system.bibtex
@@ -19,6 +22,8 @@ def test_every_entry_leads_somewhere(system):
 
 def test_cite_and_systems_are_at_the_front_door():
     assert steersman.cite("spo") == catalog.get("spo").bibtex
-    assert [s.slug for s in steersman.systems("rl")] == [s.slug for s in catalog.systems()]
+    learners = [s.slug for s in steersman.systems("rl")]
+    assert "spo" in learners
+    assert learners == [s.slug for s in catalog.systems() if s.family.startswith("rl")]
     with pytest.raises(InputError, match="needs at least one"):
         steersman.cite()
