@@ -31,7 +31,7 @@ def scalar(process=1.0, sensor=1.0, spread=1.0, a=1.0, mean=None):
 
 
 def test_reference_values_of_the_hidden_velocity_problem():
-    """Computed apart from this package with scipy, in the paper's card (oracle 7)."""
+    """Computed apart from this package, with SciPy."""
     assert float(least_cost(PROBLEM, DISCOUNT, state_seen=True)) == pytest.approx(6.248, abs=1e-3)
     assert float(least_cost(PROBLEM, DISCOUNT)) == pytest.approx(7.682, abs=1e-3)
     assert float(least_cost(PROBLEM, DISCOUNT, horizon=100, state_seen=True)) == pytest.approx(6.20, abs=5e-3)
@@ -41,7 +41,7 @@ def test_reference_values_of_the_hidden_velocity_problem():
 
 
 def test_best_controllers_without_memory_and_with_one_number():
-    """The search is scipy's; the best costs are the card's (oracle 7)."""
+    """The search is SciPy's; the best costs are known numbers."""
     static = jax.jit(jax.value_and_grad(lambda d: COST(LinearController.static(d.reshape(1, 1)))))
     found = scipy.optimize.minimize(static, np.asarray([-1.0]), jac=True)
     assert found.fun == pytest.approx(28.29, abs=1e-2)

@@ -104,7 +104,7 @@ def test_gradient_is_that_of_the_divergence():
 
 @pytest.mark.parametrize(("mode", "resting"), [(0.8, 0.478), (1.0, 0.719), (2.0, 1.857)])
 def test_single_points_rest_between_two_modes(mode, resting):
-    """The field of OneDP-D at a point changes its sign where the card's roots are."""
+    """The field of OneDP-D at a point changes its sign where quadrature has its roots."""
     mixture = Mixture(jnp.zeros(2), jnp.asarray([[mode], [-mode]]), jnp.full((2, 1), 0.03**2))
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
 

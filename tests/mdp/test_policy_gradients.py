@@ -38,7 +38,7 @@ def _double_precision():
 
 
 def test_estimates_from_trajectories_agree_with_the_exact_gradient():
-    """REINFORCE with gamma^t weights, and actor-critic with exact advantages (the card's first oracle)."""
+    """REINFORCE with gamma^t weights, and actor-critic with exact advantages."""
     mdp, logits = two_states(), jnp.asarray(LOGITS)
     probabilities = jax.nn.softmax(logits, axis=-1)
     steps, episodes = 160, 4096  # 0.9^160 is 5e-8

@@ -29,7 +29,7 @@ from steersman.training.replay import Replay, Transition
 SMALL = {"num_envs": 4, "num_steps": 16, "hidden": (8,), "epochs": 2, "minibatches": 4, "learning_rate": 1e-2}
 TINY = EnsembleLearner(hidden=(8,), epochs=2, batches=3, batch_size=16, holdout_rows=8)
 
-# The card's linear-quadratic task.
+# A linear-quadratic task with known values.
 A, B = np.array([[1.0, 0.1], [0.0, 1.0]]), np.array([[0.0], [0.1]])
 Q, R, K = np.diag([1.0, 0.1]), np.array([[0.01]]), np.array([[1.0, 1.2]])
 

@@ -101,7 +101,7 @@ def test_reinforce_takes_one_adam_step_along_scores_weighed_with_returns(cart_po
 
 
 def test_a2c_on_one_minibatch_is_ppo_without_a_clip(cart_pole):
-    """The card's sixth oracle: the same update."""
+    """The same update."""
     state, experience = cart_pole
     settings = {**SMALL, "minibatches": 1, "entropy_coefficient": 0.01}
     once = A2C(**settings)
@@ -113,7 +113,7 @@ def test_a2c_on_one_minibatch_is_ppo_without_a_clip(cart_pole):
 
 
 def test_limits_of_the_temperature_are_cloning_and_the_best_sample(cart_pole):
-    """The card's second oracle, on the gradient of the whole loss."""
+    """On the gradient of the whole loss."""
     state, experience = cart_pole
     algorithm = VMPO(**SMALL, minibatches=1, value_coefficient=0.0)
     rows = in_rows(state.actor, jax.jit(lambda s, e: algorithm.estimate(s, e))(state, experience)[0])
@@ -151,7 +151,7 @@ def integrated_divergence(old, new):
 
 
 def test_parts_of_a_gaussians_divergence_are_divergences():
-    """Each part is the divergence that remains when the other parameter is the old one's (the card's third oracle)."""
+    """Each part is the divergence that remains when the other parameter is the old one's."""
     head, old, new = DiagonalGaussian((2,)), ([0.3, -1.0], [0.5, 2.0]), ([0.7, -0.4], [0.8, 1.1])
     with jax.enable_x64(True):
         parameters = [GaussianParameters(jnp.asarray(m), jnp.log(jnp.asarray(s))) for m, s in (old, new)]
@@ -175,7 +175,7 @@ def test_parts_of_a_gaussians_divergence_are_divergences():
 
 
 def test_the_divergence_is_from_the_policy_that_collected_the_batch(pendulum):
-    """After a step it is positive and pulls; from the policy itself it is neither (the card's fourth oracle)."""
+    """After a step it is positive and pulls; from the policy itself it is neither."""
     state, experience = pendulum
     algorithm = VMPO(**SMALL, architecture=SquashedActor((8,)), epochs=1, minibatches=1)
     after, metrics = jax.jit(lambda s, e: algorithm.update(s, e))(state, experience)
@@ -235,7 +235,7 @@ def test_equal_advantages_copy_what_was_done():
 
 
 def test_squashed_densities_integrate_to_one_and_stay_finite_far_out():
-    """The card's fifth oracle, over the squashed action itself."""
+    """Over the squashed action itself."""
     with jax.enable_x64(True):
         head = SoftplusTanhGaussian((1,), (-2.0,), (2.0,), state_dependent_std=True)
         parameters = head.from_output(jnp.asarray([0.4, 0.3]), jnp.zeros(0))

@@ -32,7 +32,7 @@ def _double_precision():
 double_precision = pytest.mark.usefixtures("_double_precision")
 
 
-# The card of the two-state model: a d-weighted softmax table.
+# The two-state model: a d-weighted softmax table.
 LOGITS = np.array([[0.5, 0.0], [0.0, 0.5]])
 ADVANTAGE = np.array([[0.172403, -0.284245], [-1.534817, 0.930913]])
 OCCUPANCY = np.array([0.47646, 0.52354])
