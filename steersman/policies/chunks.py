@@ -124,7 +124,7 @@ class ChunkPolicy(Policy):
         if self.observation_horizon is None:
             return ()
 
-        def shift(history: Array, newest: Array) -> Array:
+        def shift(history: Array, newest: Any) -> Array:
             newest = jnp.asarray(newest, history.dtype)
             following = jnp.concatenate([history[1:], newest[None]])
             return jnp.where(carry.started, following, jnp.broadcast_to(newest, history.shape))

@@ -112,7 +112,7 @@ def _curves(
     return jax.tree.map(np.asarray, found)
 
 
-def _size(values: dict[str, Array]) -> int:
+def _size(values: dict[str, Any]) -> int:
     return next((len(value) for value in values.values()), 1)
 
 

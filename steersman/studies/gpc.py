@@ -255,7 +255,7 @@ def _draw_chunks(study: Study, parents: list[ChunkGenerator], count: int) -> Non
     figure = Figure(figsize=(9.0, 5.2), layout="constrained")
     for axes, (name, draw) in zip(figure.subplots(2, 3, sharex=True, sharey=True).flat, ways.items(), strict=False):
         chunks = np.asarray(jax.jit(jax.vmap(lambda key, draw=draw: draw(readings, key)))(keys))
-        rate = np.mean([bool(reach_success(chunk, goal)) for chunk in chunks])
+        rate = np.mean([bool(reach_success(jnp.asarray(chunk), goal)) for chunk in chunks])
         paths = np.concatenate([np.broadcast_to([-2.0, 0.0], (count, 1, 2)), chunks], axis=1)
         axes.add_patch(Circle((-1.0, 0.0), 0.5, color=LIGHT["grid"]))
         axes.plot(*paths.transpose(2, 1, 0), color=colours(["path"])["path"], alpha=0.25, linewidth=0.8)

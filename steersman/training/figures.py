@@ -70,7 +70,7 @@ def colours(names: Iterable[str]) -> dict[str, str]:
     return {name: _SERIES_LIGHT[i % len(_SERIES_LIGHT)] for i, name in enumerate(names)}
 
 
-def format_count(value: float, position: int | None = None) -> str:
+def format_count(value: float | np.number, position: int | None = None) -> str:
     """A number as an axis shows it: ``200k``, ``1.5M``; below ten thousand ``5,000``, ``0.25``.
 
     Args:
