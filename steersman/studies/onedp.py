@@ -65,8 +65,13 @@ def run(budget: str = "cpu", seed: int = 0, folder: str | Path | None = None) ->
             up=_mean(found, "up"),
             between=_mean(found, "between"),
         )
-    ratio = _latency(generators)
+    ratio = _latency(generators, contexts, 3 if smoke else 20)
     _judge(study, scores, ratio)
+    alone = _latency(generators, 1, 3 if smoke else 300)
+    study.note(
+        f"The time of a chunk is that of {contexts} contexts at once. A single one takes 1/{1 / alone:.0f} of that of "
+        "100 steps with a network this small, because starting a program takes longer than the network itself."
+    )
     study.note(
         "Learning rates chosen on an unjudged teacher: "
         + ", ".join(f"OneDP-{'D' if single else 'S'} {rate:g}" for single, rate in tuning.items())
@@ -158,21 +163,21 @@ def _score(generator: ChunkGenerator, seed: int, contexts: int) -> dict[str, flo
     }
 
 
-def _latency(generators: dict[str, ChunkGenerator], repeats: int = 300) -> float:
-    """Time of one call of OneDP-S over that of 100 steps, at batch size one: the median of paired calls."""
-    goal, chunk_key = jnp.zeros(1), key(0)
+def _latency(generators: dict[str, ChunkGenerator], batch: int, repeats: int) -> float:
+    """Time of one call of OneDP-S over that of 100 steps, for `batch` chunks at once: the median of paired calls."""
+    goals, keys = jnp.zeros((batch, 1)), jax.random.split(key(0), batch)
     calls = []
     for name in ("OneDP-S", "DDPM, 100 steps"):
         # The weights are constants of the program: handing them over at every call would take longer than the network.
-        call = jax.jit(lambda goal, chunk_key, generator=generators[name]: generator(goal, chunk_key))
-        call(goal, chunk_key).block_until_ready()
+        call = jax.jit(lambda goals, keys, generator=generators[name]: jax.vmap(generator)(goals, keys))
+        call(goals, keys).block_until_ready()
         calls.append(call)
     ratios = []
     for _ in range(repeats):
         spent = []
         for call in calls:
             began = time.perf_counter()
-            call(goal, chunk_key).block_until_ready()
+            call(goals, keys).block_until_ready()
             spent.append(time.perf_counter() - began)
         ratios.append(spent[0] / spent[1])
     return float(np.median(ratios))
