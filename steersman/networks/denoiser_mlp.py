@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from steersman.errors import InputError, require, require_count, require_number, unknown_name
+from steersman.networks.denoiser_arguments import check_arguments, check_sizes
 from steersman.networks.mlp import ACTIVATIONS, MLP
 from steersman.networks.time_embedding import SinusoidalTime
 
@@ -72,11 +73,7 @@ class MLPDenoiser(eqx.Module):
         Raises:
             InputError: a size is not usable, or residual blocks of unequal widths.
         """
-        require(len(chunk_shape) == 2, "chunk_shape", chunk_shape, "(rows, action dimensions)")
-        rows, actions = chunk_shape
-        require_count("chunk_shape[0]", rows)
-        require_count("chunk_shape[1]", actions)
-        require_count("condition_size", condition_size, minimum=0)
+        rows, actions = check_sizes(chunk_shape, condition_size)
         require_number("longest_time", longest_time, above=0.0)
         if activation not in ACTIVATIONS:
             raise unknown_name("activation", activation, ACTIVATIONS)
@@ -112,9 +109,7 @@ class MLPDenoiser(eqx.Module):
             time: what the noise process tells of the level.
             condition: the encoded observation.
         """
-        require(x.shape == self.chunk_shape, "x.shape", x.shape, f"{self.chunk_shape}")
-        size = self.condition_size
-        require(condition.shape == (size,), "condition.shape", condition.shape, f"({size},)")
+        check_arguments(x, condition, self.chunk_shape, self.condition_size)
         hidden = self.entry(jnp.concatenate([x.ravel(), self.time_features(time), condition]))
         if self.exit is not None:
             activation = ACTIVATIONS[self.activation]

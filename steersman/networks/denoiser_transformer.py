@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from steersman.errors import require, require_count
+from steersman.networks.denoiser_arguments import check_arguments, check_sizes
 from steersman.networks.linear import Draw, Linear, draw_parameters
 from steersman.networks.mlp import mish
 from steersman.networks.time_embedding import SinusoidalTime
@@ -162,11 +163,7 @@ class TransformerDenoiser(eqx.Module):
         Raises:
             InputError: a size is not usable, or does not divide another.
         """
-        require(len(chunk_shape) == 2, "chunk_shape", chunk_shape, "(rows, action dimensions)")
-        rows, actions = chunk_shape
-        require_count("chunk_shape[0]", rows)
-        require_count("chunk_shape[1]", actions)
-        require_count("condition_size", condition_size, minimum=0)
+        rows, actions = check_sizes(chunk_shape, condition_size)
         require_count("width", width, minimum=4)
         require_count("depth", depth)
         require_count("heads", heads)
@@ -202,9 +199,7 @@ class TransformerDenoiser(eqx.Module):
             time: what the noise process tells of the level; a level's number for the usual discrete processes.
             condition: the encoded observation.
         """
-        require(x.shape == self.chunk_shape, "x.shape", x.shape, f"{self.chunk_shape}")
-        size = self.condition_size
-        require(condition.shape == (size,), "condition.shape", condition.shape, f"({size},)")
+        check_arguments(x, condition, self.chunk_shape, self.condition_size)
         tokens = self.time_features(time)[None]
         if self.frame is not None:
             tokens = jnp.concatenate([tokens, jax.vmap(self.frame)(condition.reshape(self.frames, -1))])

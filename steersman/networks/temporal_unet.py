@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from steersman.errors import require, require_count
+from steersman.networks.denoiser_arguments import check_arguments, check_sizes
 from steersman.networks.linear import Draw, Linear, draw_parameters
 from steersman.networks.mlp import mish
 from steersman.networks.time_embedding import SinusoidalTime
@@ -250,11 +251,7 @@ class TemporalUNet(eqx.Module):
         Raises:
             InputError: rows that cannot be halved often enough, or widths that groups do not divide.
         """
-        require(len(chunk_shape) == 2, "chunk_shape", chunk_shape, "(rows, action dimensions)")
-        rows, actions = chunk_shape
-        require_count("chunk_shape[0]", rows)
-        require_count("chunk_shape[1]", actions)
-        require_count("condition_size", condition_size, minimum=0)
+        rows, actions = check_sizes(chunk_shape, condition_size)
         require_count("groups", groups)
         require_count("kernel", kernel)
         require(kernel % 2 == 1, "kernel", kernel, "odd, so that a window has a middle row")
@@ -308,9 +305,7 @@ class TemporalUNet(eqx.Module):
             time: what the noise process tells of the level; a level's number for the usual discrete processes.
             condition: the encoded observation.
         """
-        require(x.shape == self.chunk_shape, "x.shape", x.shape, f"{self.chunk_shape}")
-        size = self.condition_size
-        require(condition.shape == (size,), "condition.shape", condition.shape, f"({size},)")
+        check_arguments(x, condition, self.chunk_shape, self.condition_size)
         first, second = self.time_layers
         told = second(mish(first(self.time_features(time))))
         # Every block activates its condition; once is enough.

@@ -35,7 +35,6 @@ from steersman.diffusion.processes import DiscreteVP
 from steersman.envs import ChunkedEnvironment, ObstacleGate, Problem
 from steersman.envs.chunk_data import ChunkPairs
 from steersman.envs.planar_experts import gate_demonstrations
-from steersman.errors import InputError
 from steersman.policies import Architecture, Head, NetworkPolicy, Policy, Preprocess, make_policy
 from steersman.rl.on_policy.first_order import FirstOrder
 from steersman.rl.on_policy.ppo import PPO
@@ -56,10 +55,7 @@ def run(budget: str = "cpu", seed: int = 0, folder: str | Path | None = None) ->
     """Runs the study; see the module."""
     study = Study("dppo", budget, seed, folder)
     if study.budget == "full":
-        raise InputError(
-            "budget is 'full', but it must be smoke or cpu: the paper's own tasks need robomimic, D4RL's data and "
-            "Furniture-Bench, and days on one GPU."
-        )
+        raise study.needs("robomimic, D4RL's data and Furniture-Bench, and days on one GPU")
     smoke = study.budget == "smoke"
     seeds = [seed + i for i in range(1 if smoke else 3)]
     sizes = {

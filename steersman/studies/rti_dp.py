@@ -29,7 +29,6 @@ from steersman.diffusion.samplers import DDIM, DDPM, Sampler, sample
 from steersman.envs.chunk_data import ChunkPairs
 from steersman.envs.planar import DetourReach
 from steersman.envs.planar_experts import detour_policy
-from steersman.errors import InputError
 from steersman.policies import ChunkPolicy, Policy
 from steersman.studies.study import Report, Study
 from steersman.training import train
@@ -43,9 +42,8 @@ def run(budget: str = "cpu", seed: int = 0, folder: str | Path | None = None) ->
     """Runs the study; see the module."""
     study = Study("rti-dp", budget, seed, folder)
     if study.budget == "full":
-        raise InputError(
-            "budget is 'full', but Robomimic, PushT and BlockPush need the public diffusion_policy checkpoints, their "
-            "simulators and a GPU, none of which this package brings."
+        raise study.needs(
+            "the public diffusion_policy checkpoints for Robomimic, PushT and BlockPush, their simulators and a GPU"
         )
     smoke = study.budget == "smoke"
     seeds = [seed] if smoke else [3 * seed, 3 * seed + 1, 3 * seed + 2]

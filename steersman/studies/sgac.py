@@ -28,7 +28,6 @@ from steersman.diffusion.samplers import DDIM
 from steersman.diffusion.sgac import SelfGuidedPolicy
 from steersman.envs.planar import DriftingGoal, DriftingGoalParams
 from steersman.envs.planar_experts import drifting_policy
-from steersman.errors import InputError
 from steersman.policies import Policy
 from steersman.studies.study import Report, Study
 from steersman.training.figures import LIGHT, colours, save_figure
@@ -42,9 +41,8 @@ def run(budget: str = "cpu", seed: int = 0, folder: str | Path | None = None) ->
     """Runs the study; see the module."""
     study = Study("sgac", budget, seed, folder)
     if study.budget == "full":
-        raise InputError(
-            "budget is 'full', but PushT, Robomimic and Kitchen need the public diffusion_policy checkpoints, their "
-            "simulators and hours on a GPU, none of which this package brings."
+        raise study.needs(
+            "the public diffusion_policy checkpoints for PushT, Robomimic and Kitchen, their simulators, a GPU"
         )
     smoke = study.budget == "smoke"
     process = DiscreteVP.squared_cosine(100)
