@@ -10,19 +10,49 @@ from steersman.control.lqg import (
     lqg,
 )
 from steersman.control.lqr import FiniteHorizonLQR, LQRSolution, clqr, discretize, finite_horizon_lqr, lqr
+from steersman.control.planning import Lookahead, Plan, Planner, PlannerPolicy, PlanningModel, ProblemModel, look_ahead
+from steersman.control.sampling import SamplingPlanner
+from steersman.control.search import (
+    CrossEntropy,
+    ImprovedCrossEntropy,
+    PathIntegral,
+    PredictiveSampling,
+    RandomShooting,
+    Search,
+    SearchRule,
+    coloured_noise,
+)
+from steersman.control.splines import Spline
 
 __all__ = [
+    "CrossEntropy",
     "FiniteHorizonLQR",
+    "ImprovedCrossEntropy",
     "KalmanFilter",
     "LQGSolution",
     "LQRSolution",
     "LinearController",
+    "Lookahead",
+    "PathIntegral",
+    "Plan",
+    "Planner",
+    "PlannerPolicy",
+    "PlanningModel",
+    "PredictiveSampling",
+    "ProblemModel",
+    "RandomShooting",
+    "SamplingPlanner",
+    "Search",
+    "SearchRule",
+    "Spline",
     "clqr",
+    "coloured_noise",
     "controller_cost",
     "discretize",
     "finite_horizon_lqr",
     "kalman_filter",
     "least_cost",
+    "look_ahead",
     "lqg",
     "lqr",
 ]
