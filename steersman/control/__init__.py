@@ -1,5 +1,6 @@
 """Controllers from a model: regulators, planners and motion policies."""
 
+from steersman.control.conic_programs import ConicProgram, ConicSolution
 from steersman.control.lqg import (
     KalmanFilter,
     LinearController,
@@ -11,6 +12,7 @@ from steersman.control.lqg import (
 )
 from steersman.control.lqr import FiniteHorizonLQR, LQRSolution, clqr, discretize, finite_horizon_lqr, lqr
 from steersman.control.planning import Lookahead, Plan, Planner, PlannerPolicy, PlanningModel, ProblemModel, look_ahead
+from steersman.control.quadratic_programs import ADMM, OSQP, PIQP, STATUSES, Affine, ParametricQP, QPSolution, QPSolver
 from steersman.control.sampling import SamplingPlanner
 from steersman.control.search import (
     CrossEntropy,
@@ -25,6 +27,13 @@ from steersman.control.search import (
 from steersman.control.splines import Spline
 
 __all__ = [
+    "ADMM",
+    "OSQP",
+    "PIQP",
+    "STATUSES",
+    "Affine",
+    "ConicProgram",
+    "ConicSolution",
     "CrossEntropy",
     "FiniteHorizonLQR",
     "ImprovedCrossEntropy",
@@ -33,6 +42,7 @@ __all__ = [
     "LQRSolution",
     "LinearController",
     "Lookahead",
+    "ParametricQP",
     "PathIntegral",
     "Plan",
     "Planner",
@@ -40,6 +50,8 @@ __all__ = [
     "PlanningModel",
     "PredictiveSampling",
     "ProblemModel",
+    "QPSolution",
+    "QPSolver",
     "RandomShooting",
     "SamplingPlanner",
     "Search",
