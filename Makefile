@@ -43,7 +43,7 @@ lock: .venv/.installed-all
 # PyTorch comes first and alone: asked for by another package, it would bring several gigabytes that no test needs.
 .venv/.installed-all: pyproject.toml requirements.lock | .venv/bin/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) torch==2.13.0
-	$(PIP) --constraint requirements.lock --editable ".[mujoco,dev,docs]"
+	$(PIP) --constraint requirements.lock --editable ".[mujoco,robotics,dev,docs]"
 	touch $@ .venv/.installed-demo
 
 # Peers get an environment of their own: rejax needs an older gymnax.

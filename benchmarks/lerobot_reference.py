@@ -4,14 +4,12 @@ Runs in an environment with LeRobot (see requirements-lerobot.txt). ``python ben
 ``tests/data/lerobot/<case>/``: LeRobot's configuration and processors, the checkpoint (or, where it is large, only the
 names and shapes of its arrays, which :func:`weight` fills), and ``reference.npz`` with observations, noise and the
 actions. ``... check FOLDER CASE`` reads a checkpoint that Steersman wrote and compares its actions with the case's.
-``... speed`` times sampling with ten steps; ``... speed-steersman``, in Steersman's environment, times ours.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 import types
 import zlib
 from pathlib import Path
@@ -205,86 +203,10 @@ def check(folder: str, case: str) -> None:
     )
 
 
-#: Widths, rows, action dimensions and length of the condition of the networks that are timed.
-SIZES = (((128, 256, 512), 16, 7, 40), ((256, 512, 1024), 16, 7, 40), ((512, 1024, 2048), 16, 7, 40))
-
-
-def timed(call: Any, repeats: int) -> tuple[float, float]:
-    """Least and median milliseconds."""
-    call()
-    taken = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        call()
-        taken.append(1e3 * (time.perf_counter() - begin))
-    return round(min(taken), 2), round(float(np.median(taken)), 2)
-
-
-def speed() -> None:
-    """LeRobot: one call of the U-Net, and DDIM with ten steps, at batch size one."""
-    import torch
-    from lerobot.configs.types import FeatureType, PolicyFeature
-    from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
-    from lerobot.policies.diffusion.modeling_diffusion import DiffusionModel
-
-    for widths, rows, actions, size in SIZES:
-        config = DiffusionConfig(
-            down_dims=widths,
-            horizon=rows,
-            n_obs_steps=2,
-            device="cpu",
-            noise_scheduler_type="DDIM",
-            num_inference_steps=10,
-            input_features={"observation.state": PolicyFeature(FeatureType.STATE, (size // 2,))},
-            output_features={"action": PolicyFeature(FeatureType.ACTION, (actions,))},
-        )
-        model = DiffusionModel(config).eval()
-        x, time_, condition = torch.randn(1, rows, actions), torch.full((1,), 5), torch.randn(1, size)
-        # More threads than free cores make torch wait for itself: the better of both counts.
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            with torch.no_grad():
-                one = timed(lambda: model.unet(x, time_, global_cond=condition), 8)  # noqa: B023
-                ten = timed(lambda: model.conditional_sample(1, global_cond=condition), 5)  # noqa: B023
-            print(json.dumps({"widths": widths, "threads": threads, "call_ms": one, "ten_steps_ms": ten}), flush=True)
-
-
-def speed_steersman() -> None:
-    """Steersman: the same."""
-    import equinox as eqx
-    import jax
-    import jax.numpy as jnp
-
-    from steersman.diffusion import DDIM, DiscreteVP, NetworkDenoiser, sample
-    from steersman.networks import TemporalUNet
-
-    @eqx.filter_jit
-    def call(network: Any, x: Any, time_: Any, condition: Any) -> Any:
-        return network(x, time_, condition)
-
-    @eqx.filter_jit
-    def ten_steps(denoiser: Any, condition: Any, key: Any) -> Any:
-        return sample(denoiser, DDIM(10), condition, key).chunk
-
-    for widths, rows, actions, size in SIZES:
-        network = TemporalUNet((rows, actions), size, widths, key=jax.random.key(0))
-        denoiser = NetworkDenoiser(network, DiscreteVP.squared_cosine(100), (rows, actions))
-        x, condition, key = jnp.ones((rows, actions)), jnp.ones(size), jax.random.key(1)
-        one = timed(lambda: call(network, x, jnp.asarray(5.0), condition).block_until_ready(), 8)  # noqa: B023
-        ten = timed(lambda: ten_steps(denoiser, condition, key).block_until_ready(), 5)  # noqa: B023
-        print(json.dumps({"widths": widths, "call_ms": one, "ten_steps_ms": ten}), flush=True)
-
-
 if __name__ == "__main__":
-    command = sys.argv[1] if len(sys.argv) > 1 else "write"
-    if command == "speed-steersman":
-        speed_steersman()
+    start_lerobot()
+    if sys.argv[1:2] == ["check"]:
+        check(sys.argv[2], sys.argv[3])
     else:
-        start_lerobot()
-        if command == "check":
-            check(sys.argv[2], sys.argv[3])
-        elif command == "speed":
-            speed()
-        else:
-            for name in CASES:
-                write(name)
+        for name in CASES:
+            write(name)

@@ -14,6 +14,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 #: What opens and closes each block. Everything outside of them is written by hand and left as it is.
 BLOCKS = {
     "ppo": ("<!-- bench:ppo -->", "<!-- /bench -->"),
+    "diffusion": ("<!-- bench:diffusion -->", "<!-- /bench:diffusion -->"),
     "profile": ("<!-- bench:profile -->", "<!-- /bench:profile -->"),
 }
 

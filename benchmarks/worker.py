@@ -63,20 +63,12 @@ class Enough(Exception):  # noqa: N818 - it ends a run that went well
     """The driver has seen what it wanted; training stops."""
 
 
-def serve(
-    stretch: Callable[[Task, int, int], None],
-    learn: Callable[[Task, int, int, Callable[[int, float], None]], None],
-    packages: Sequence[str],
-) -> None:
-    """Answers requests until standard input ends.
+def answer_requests(handle: Callable[[dict], dict], packages: Sequence[str]) -> None:
+    """Answers requests until standard input ends; an error is an answer too.
 
     Args:
-        stretch: called with ``(task, iterations, seed)``; trains a new agent for so many iterations and returns when
-            its parameters are there.
-        learn: called with ``(task, seed, interval, evaluated)``; trains a new agent and calls
-            ``evaluated(iterations, mean return)`` after every `interval` iterations, until that raises
-            :class:`Enough`.
-        packages: whose versions are told.
+        handle: makes an answer of a request.
+        packages: whose versions are told first.
     """
     # What a library prints must not end up between the answers.
     answers = os.fdopen(os.dup(1), "w")
@@ -89,20 +81,50 @@ def serve(
     versions = {name: importlib.metadata.version(name) for name in packages}
     answer({"ready": True, "versions": {"python": platform.python_version(), **versions}})
     for line in sys.stdin:
-        request = json.loads(line)
-        task = TASKS[request["task"]]
         try:
-            if request["do"] == "stretch":
-                began, worked = time.perf_counter(), time.process_time()
-                stretch(task, request["iterations"], request["seed"])
-                seconds, processor_seconds = time.perf_counter() - began, time.process_time() - worked
-                steps = request["iterations"] * BATCH
-                answer({"steps": steps, "seconds": seconds, "processor_seconds": processor_seconds})
-            else:
-                answer({"evaluations": _learn(learn, task, request)})
+            answer(handle(json.loads(line)))
         except Exception as error:
             traceback.print_exc()
             answer({"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
+
+
+def milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
+    """How long each of some calls takes that follow one which is not counted."""
+    call()
+    taken = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        taken.append(1e3 * (time.perf_counter() - began))
+    return taken
+
+
+def serve(
+    stretch: Callable[[Task, int, int], None],
+    learn: Callable[[Task, int, int, Callable[[int, float], None]], None],
+    packages: Sequence[str],
+) -> None:
+    """Answers requests to train PPO until standard input ends.
+
+    Args:
+        stretch: called with ``(task, iterations, seed)``; trains a new agent for so many iterations and returns when
+            its parameters are there.
+        learn: called with ``(task, seed, interval, evaluated)``; trains a new agent and calls
+            ``evaluated(iterations, mean return)`` after every `interval` iterations, until that raises
+            :class:`Enough`.
+        packages: whose versions are told.
+    """
+
+    def handle(request: dict) -> dict:
+        task = TASKS[request["task"]]
+        if request["do"] != "stretch":
+            return {"evaluations": _learn(learn, task, request)}
+        began, worked = time.perf_counter(), time.process_time()
+        stretch(task, request["iterations"], request["seed"])
+        seconds, processor_seconds = time.perf_counter() - began, time.process_time() - worked
+        return {"steps": request["iterations"] * BATCH, "seconds": seconds, "processor_seconds": processor_seconds}
+
+    answer_requests(handle, packages)
 
 
 def _learn(learn: Callable, task: Task, request: dict) -> list[tuple[int, float, float]]:

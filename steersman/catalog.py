@@ -531,6 +531,25 @@ _SYSTEMS = [
             year="2025",
         ),
     ),
+    System(
+        slug="rl-100",
+        title="RL-100: Performant Robotic Manipulation with Real-World Reinforcement Learning",
+        authors="Lei, Li, Yu, Wei, Guo, Jiang, Wang, Liang, Xu",
+        year=2025,
+        family="diffusion",
+        use="A cloned diffusion policy improved offline, then online, then distilled into one network call.",
+        entry_point="steersman.diffusion.rl_100.RL100",
+        study="steersman.studies.rl_100",
+        bibtex=_bibtex(
+            "article",
+            "lei2025rl100",
+            title="RL-100: Performant Robotic Manipulation with Real-World Reinforcement Learning",
+            author="Lei, Kun and Li, Huanyu and Yu, Dongjie and Wei, Zhenyu and Guo, Lingxiao and Jiang, Zhennan and "
+            "Wang, Ziyu and Liang, Shiyu and Xu, Huazhe",
+            journal="arXiv preprint arXiv:2510.14830",
+            year="2025",
+        ),
+    ),
 ]
 
 _BY_SLUG = {system.slug: system for system in _SYSTEMS}

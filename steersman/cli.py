@@ -1,7 +1,8 @@
-"""The command line: list, train, evaluate, compare, study, cite, demo."""
+"""The command line: list, train, evaluate, compare, study, demonstrate, cite, demo."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -326,6 +327,69 @@ class Study:
 
 
 @dataclasses.dataclass(frozen=True)
+class Demonstrate:
+    """Let a task's scripted expert play, and write its episodes as a dataset to learn from.
+
+    Example: steersman demonstrate detour-reach --episodes 200 --format lerobot --out data/detour
+    """
+
+    task: Positional[str]
+    """The task: detour-reach, drifting-goal, obstacle-gate, pick-and-place or push-t."""
+    out: Path
+    """The dataset's folder, which must be new. For Minari its name ends with a version, as in data/detour-v0."""
+    episodes: int = 100
+    """How many."""
+    format: Literal["lerobot", "minari"] = "lerobot"
+    """LeRobot's format v3.0, or Minari's."""
+    seed: int = 0
+    """Seed of everything random."""
+    set_: Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="NAME=VALUE")] = ()
+    """A setting of the task, such as noise=0.1; may be repeated."""
+    json: bool = False
+    """Print one JSON document instead of a line."""
+
+    def run(self) -> int:
+        """Runs the command."""
+        from steersman.envs.lerobot_datasets import check_new_folder, write_lerobot_dataset
+        from steersman.envs.minari_datasets import check_new_dataset, write_minari
+        from steersman.envs.scripted_experts import demonstrate
+
+        # What cannot be written is told before anything is played.
+        if self.format == "minari":
+            check_new_dataset(self.out.name, self.out.parent)
+        else:
+            check_new_folder(self.out)
+        settings = {name: _literal(text) for name, text in _assignments(self.set_).items()}
+        recorded = demonstrate(self.task, self.episodes, self.seed, **settings)
+        if self.format == "minari":
+            description = f"Episodes of the scripted expert of {self.task}."
+            write_minari(self.out.name, recorded, root=self.out.parent, algorithm="script", description=description)
+        else:
+            write_lerobot_dataset(self.out, recorded)
+        success = None if recorded.successes is None else float(recorded.successes.mean())
+        document = {
+            "task": self.task,
+            "format": self.format,
+            "out": str(self.out),
+            "episodes": len(recorded),
+            "steps": recorded.num_steps,
+            "mean_return": float(recorded.returns.mean()),
+            "success": success,
+        }
+        if self.json:
+            _print_json(document)
+            return 0
+        succeeded = "" if success is None else f", success {success:.2f}"
+        console = _console()
+        console.print(
+            f"{document['episodes']} episodes, {document['steps']} steps, mean return {document['mean_return']:.2f}"
+            + succeeded
+        )
+        console.print(f"dataset  {self.out}", soft_wrap=True)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Cite:
     """Print the BibTeX entries of systems.
 
@@ -372,6 +436,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Study, tyro.conf.subcommand("study")]
+    | Annotated[Demonstrate, tyro.conf.subcommand("demonstrate")]
     | Annotated[Cite, tyro.conf.subcommand("cite")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
@@ -486,6 +551,17 @@ def _assignments(texts: tuple[str, ...]) -> dict[str, str]:
             raise InputError(f"set is {text!r}, but it must be NAME=VALUE, for example learning_rate=3e-4.")
         found[name.strip()] = value.strip()
     return found
+
+
+def _literal(text: str) -> Any:
+    """The value of a setting that has no kind yet: a number, true, false, none or a list; else the text itself."""
+    plain = {"true": True, "false": False, "none": None}
+    if text.lower() in plain:
+        return plain[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _make_folder(folder: Path) -> None:

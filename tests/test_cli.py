@@ -115,6 +115,31 @@ def test_study_exit_status_and_document(capsys, tmp_path, monkeypatch):
         assert run(capsys, "study", "ppo", "--out", str(tmp_path))[0] == expected
 
 
+def test_demonstrate_writes_either_format(capsys, tmp_path):
+    from steersman.envs.lerobot_datasets import read_lerobot_dataset
+    from steersman.envs.minari_datasets import read_minari
+
+    places = {"lerobot": tmp_path / "gate", "minari": tmp_path / "gate-v0"}
+    arguments = ["demonstrate", "obstacle-gate", "--episodes", "8", "--seed", "3", "--set", "noise=0.1"]
+    documents = {}
+    for name, out in places.items():
+        documents[name] = run_json(capsys, *arguments, "--format", name, "--out", str(out))
+        assert documents[name].pop("format") == name
+        assert documents[name].pop("out") == str(out)
+    assert documents["lerobot"] == documents["minari"]
+    document = documents["lerobot"]
+    assert (document["task"], document["episodes"]) == ("obstacle-gate", 8)
+    sets = read_lerobot_dataset(places["lerobot"]), read_minari("gate-v0", root=tmp_path)
+    for found in sets:
+        assert found.num_steps == document["steps"]
+        assert found.returns.mean() == pytest.approx(document["mean_return"])
+        assert found.successes.mean() == pytest.approx(document["success"])
+    status, out, err = run(capsys, *arguments, "--out", str(places["lerobot"]))
+    assert (status, out) == (2, "")
+    assert "must be new: nothing is overwritten" in err
+    assert run(capsys, *arguments, "--out", str(tmp_path / "other"))[0] == 0
+
+
 def test_cite(capsys):
     status, out, _ = run(capsys, "cite", "ppo", "trpo")
     assert status == 0
@@ -144,6 +169,11 @@ def test_cite(capsys):
         (["compare", "ppo", "ppo", "--env", "cartpole-discrete"], "each may be named only once"),
         (["study", "pppo"], "Unknown system"),
         (["study", "ppo", "--seed", "-1"], "seed is -1"),
+        (["demonstrate", "detour-reech", "--out", "x"], "Unknown task 'detour-reech': did you mean 'detour-reach'"),
+        (["demonstrate", "detour-reach", "--out", "x", "--set", "noize=1"], "Unknown setting .* did you mean 'noise'"),
+        (["demonstrate", "detour-reach", "--out", "x", "--episodes", "0"], "episodes is 0"),
+        (["demonstrate", "detour-reach", "--out", "x", "--set", "noise=-1"], "noise is -1"),
+        (["demonstrate", "detour-reach", "--out", "x", "--format", "minari"], "name is 'x', but it must be"),
         (["cite", "xyzzy"], "Unknown system"),
         (["systems", "--family", "zzz"], "Unknown family"),
     ],
@@ -220,7 +250,7 @@ def test_presets_are_settings_that_every_system_accepts():
 
 
 def test_help_of_every_command_has_an_example(capsys):
-    for command in ("systems", "train", "evaluate", "compare", "study", "cite", "demo"):
+    for command in ("systems", "train", "evaluate", "compare", "study", "demonstrate", "cite", "demo"):
         status, out, _ = run(capsys, command, "--help")
         assert status == 0
         assert "Example: steersman" in out

@@ -12,12 +12,13 @@ from steersman.diffusion.denoising_chain import (
     TunedFrom,
     WholeChunks,
 )
+from steersman.diffusion.distillation import ConsistencyDenoiser, ConsistencyDistillation
 from steersman.diffusion.dppo import DPPO, DenoisingClip, DenoisingDiscount
-from steersman.diffusion.execution import BidirectionalDecoding, TemporalEnsemble, Window
+from steersman.diffusion.execution import BidirectionalDecoding, TemporalEnsemble
 from steersman.diffusion.flow_policy import FlowArchitecture, FlowHead, FlowPolicy, FlowSample
-from steersman.diffusion.fpo import FPO, PerTerm
+from steersman.diffusion.fpo import FPO, LimitedRatio
 from steersman.diffusion.generator import ChunkGenerator
-from steersman.diffusion.gorl import EpisodeFilter, LatentPPO, StageLoop, flow_cloning
+from steersman.diffusion.gorl import StageLoop, flow_cloning
 from steersman.diffusion.gpc import Views, compose, reweighted
 from steersman.diffusion.latent_actions import (
     Decoder,
@@ -25,6 +26,7 @@ from steersman.diffusion.latent_actions import (
     LatentActions,
     LatentParams,
     LatentPolicy,
+    LatentPPO,
     Unchanged,
 )
 from steersman.diffusion.lerobot import LeRobotPolicy, load_lerobot, save_lerobot
@@ -40,6 +42,7 @@ from steersman.diffusion.mcdp import (
     weight_sweep,
 )
 from steersman.diffusion.mixtures import Mixture, MixtureDenoiser
+from steersman.diffusion.offline_improvement import OfflineImprovement, exploring_chains
 from steersman.diffusion.onedp import OneDP, reverse_kl_surrogate
 from steersman.diffusion.predictions import PREDICTIONS, Prediction, read_prediction, write_prediction
 from steersman.diffusion.processes import (
@@ -51,6 +54,7 @@ from steersman.diffusion.processes import (
     NoiseProcess,
     RectifiedFlow,
 )
+from steersman.diffusion.rl_100 import RL100
 from steersman.diffusion.rti_dp import DiscreteActions, RealTimeIteration, scale_discrete
 from steersman.diffusion.samplers import (
     DDIM,
@@ -78,6 +82,7 @@ __all__ = [
     "EDM",
     "FPO",
     "PREDICTIONS",
+    "RL100",
     "BidirectionalDecoding",
     "Chain",
     "ChainHead",
@@ -87,6 +92,8 @@ __all__ = [
     "Cloning",
     "Combined",
     "CombinedPrediction",
+    "ConsistencyDenoiser",
+    "ConsistencyDistillation",
     "ContinuousProcess",
     "ContinuousVP",
     "DPMSolver",
@@ -99,7 +106,6 @@ __all__ = [
     "DiscreteActions",
     "DiscreteVP",
     "EncoderRecipe",
-    "EpisodeFilter",
     "FlowArchitecture",
     "FlowHead",
     "FlowPolicy",
@@ -113,15 +119,16 @@ __all__ = [
     "LatentParams",
     "LatentPolicy",
     "LeRobotPolicy",
+    "LimitedRatio",
     "MLPRecipe",
     "Matched",
     "Mixture",
     "MixtureDenoiser",
     "NetworkDenoiser",
     "NoiseProcess",
+    "OfflineImprovement",
     "OneCall",
     "OneDP",
-    "PerTerm",
     "PointCloudRecipe",
     "Prediction",
     "RealTimeIteration",
@@ -144,7 +151,6 @@ __all__ = [
     "Views",
     "WeightSweep",
     "WholeChunks",
-    "Window",
     "activation_guidance",
     "agree",
     "best_weights",
@@ -159,6 +165,7 @@ __all__ = [
     "error_power",
     "error_products",
     "estimate_start",
+    "exploring_chains",
     "flow_cloning",
     "flow_log_prob",
     "load_lerobot",

@@ -9,7 +9,8 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key, PyTree, UInt32
 
 from steersman.diffusion.denoiser import Flatten, NetworkDenoiser
@@ -20,11 +21,11 @@ from steersman.diffusion.processes import DiscreteVP, NoiseProcess
 from steersman.diffusion.samplers import DDPM, Sampler
 from steersman.diffusion.scaling import Scaling, normalize_observation
 from steersman.envs.chunk_data import ChunkData
-from steersman.errors import InputTypeError, require, require_count
+from steersman.errors import InputError, InputTypeError, require, require_count
 from steersman.policies import ChunkPolicy
 from steersman.training.algorithm import IterativeAlgorithm, Metrics
 from steersman.training.averaging import Average, MovingAverage
-from steersman.training.optimizers import AdamW, Optimizer
+from steersman.training.optimizers import AdamW, Optimizer, descend
 from steersman.training.schedules import Continuous, Scheduled, as_scalar, resolve, scalar
 
 
@@ -181,15 +182,15 @@ class Cloning(IterativeAlgorithm):
             require_count("action_horizon", self.action_horizon)
             allowed = f"at most {shape[0] - skipped}, the rows of a chunk that follow the window's past"
             require(self.action_horizon <= shape[0] - skipped, "action_horizon", self.action_horizon, allowed)
+        self._require_reachable(problem)
         denoiser = self.recipe.make(first, shape, network_key)
         learned = eqx.filter(denoiser, denoiser.trainable())
-        flat = ravel_pytree(learned)[0]
         windowed = problem.observation_horizon is not None
         blank = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0, 0] if windowed else leaf[0]), observation)
         return Cloned(
             denoiser=denoiser,
             average=self.average.init(learned),
-            optimizer=self.optimizer.transformation().init(flat),
+            optimizer=self.optimizer.transformation().init(learned),
             updates=jnp.zeros((), jnp.uint32),
             action_scaling=self.action_scaling,
             observation_scaling=self.observation_scaling,
@@ -197,6 +198,19 @@ class Cloning(IterativeAlgorithm):
             key=key,
             observation_horizon=problem.observation_horizon,
         )
+
+    def _require_reachable(self, problem: ChunkData) -> None:
+        """One sentence for actions that the sampler could hardly ever draw, where they can be seen."""
+        limit, given = self.sampler.limit, (problem.actions, self.action_scaling.offset, self.action_scaling.scale)
+        if limit is None or any(isinstance(part, Tracer) for part in given):
+            return
+        actions, offset, scale = map(np.asarray, given)
+        beyond = float(np.mean(np.abs((actions - offset) / scale) > limit))
+        if beyond > 0.5:
+            raise InputError(
+                f"problem has actions of which {beyond:.0%} lie beyond the sampler's limit {limit} in the denoiser's "
+                "units: give action_scaling, such as Scaling.fit(data.actions), or another limit."
+            )
 
     def loss(
         self, denoiser: NetworkDenoiser, observation: PyTree, chunk: Float[Array, "B H D"], key: Key[Array, ""]
@@ -211,22 +225,17 @@ class Cloning(IterativeAlgorithm):
         observation = normalize_observation(state.observation_scaling, observation)
         chunk = state.action_scaling.normalize(chunk)
         learned, fixed = eqx.partition(state.denoiser, state.denoiser.trainable())
-        flat, unravel = ravel_pytree(learned)
 
-        def loss(flat: Array) -> Array:
-            return self.loss(eqx.combine(unravel(flat), fixed), observation, chunk, loss_key)
+        def loss(learned: NetworkDenoiser) -> Array:
+            return self.loss(eqx.combine(learned, fixed), observation, chunk, loss_key)
 
-        value, gradient = jax.value_and_grad(loss)(flat)
-        norm = jnp.linalg.norm(gradient)
-        if self.max_grad_norm is not None:
-            gradient = gradient * jnp.minimum(1.0, self.max_grad_norm / jnp.maximum(norm, 1e-12))
-        direction, memory = self.optimizer.transformation().update(gradient, state.optimizer, flat, value=value)
         rate = resolve(self.learning_rate, state.updates)
-        learned = unravel(flat - rate * direction)
+        moved = descend(self.optimizer, loss, learned, state.optimizer, rate, self.max_grad_norm)
+        learned = moved.parameters
         state = Cloned(
             denoiser=eqx.combine(learned, fixed),
             average=self.average.update(state.average, learned),
-            optimizer=memory,
+            optimizer=moved.memory,
             updates=state.updates + 1,
             action_scaling=state.action_scaling,
             observation_scaling=state.observation_scaling,
@@ -234,7 +243,7 @@ class Cloning(IterativeAlgorithm):
             key=key,
             observation_horizon=state.observation_horizon,
         )
-        return state, {"loss": value, "gradient_norm": norm}
+        return state, {"loss": moved.loss, "gradient_norm": moved.gradient_norm}
 
     def generator(self, state: Cloned) -> ChunkGenerator:
         """What draws chunks, with the averaged parameters."""

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from steersman.diffusion.predictions import Prediction, check_prediction, read_prediction
 from steersman.diffusion.processes import DiscreteVP, NoiseProcess
 from steersman.errors import InputTypeError, require, require_number
+from steersman.networks.crops import encode
 
 
 class Denoiser(eqx.Module):
@@ -86,8 +87,9 @@ class NetworkDenoiser(Denoiser):
         parts = jax.tree.map(eqx.is_inexact_array, (self.network, self.encoder))
         return eqx.tree_at(lambda denoiser: (denoiser.network, denoiser.encoder), frozen, parts)
 
-    def encode(self, observation: PyTree) -> Float[Array, " C"]:
-        return self.encoder(observation)
+    def encode(self, observation: PyTree, key: Key[Array, ""] | None = None) -> Float[Array, " C"]:
+        """The condition; a key, which losses give, lets an encoder augment what it sees."""
+        return encode(self.encoder, observation, key)
 
     def output(self, x: Float[Array, "H D"], level: Array, condition: Float[Array, " C"]) -> Float[Array, "H D"]:
         """The network's output, as :attr:`prediction` says what it is."""

@@ -9,13 +9,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from steersman.diffusion.denoiser import Denoiser, NetworkDenoiser
 from steersman.diffusion.generator import ChunkGenerator
 from steersman.diffusion.predictions import Prediction
 from steersman.diffusion.processes import Grid, NoiseProcess
-from steersman.diffusion.samplers import StochasticSampler, limited, transition_log_prob
+from steersman.diffusion.samplers import DDIM, StochasticSampler, limited, transition_log_prob
 from steersman.diffusion.scaling import Scaling
 from steersman.errors import InputError, InputTypeError, require, require_count, require_number
 from steersman.policies import Architecture, Head, NetworkPolicy, Policy, Preprocess, Record
@@ -186,6 +186,7 @@ class ChainPolicy(NetworkPolicy):
         likelihood_std: least standard deviation in likelihoods.
         steps: trainable steps ``K``, counted from the chunk.
         noise_limit: bound on the magnitude of the normal numbers drawn, or None.
+        eta_bounds: between which the sampler's eta is learned, a logit in `free`; None for the sampler's own.
     """
 
     network: Any
@@ -194,6 +195,15 @@ class ChainPolicy(NetworkPolicy):
     likelihood_std: Float[Array, ""]
     steps: int = eqx.field(static=True)
     noise_limit: float | None = eqx.field(static=True)
+    eta_bounds: tuple[float, float] | None = eqx.field(static=True, default=None)
+
+    @property
+    def eta(self) -> Float[Array, ""] | None:
+        """The learned eta of the recorded steps, or None."""
+        if self.eta_bounds is None:
+            return None
+        low, high = self.eta_bounds
+        return low + (high - low) * jax.nn.sigmoid(self.free[0])
 
     @property
     def unrolled(self) -> bool:
@@ -235,14 +245,17 @@ class ChainPolicy(NetworkPolicy):
     def from_features(self, features: Features, carry: PyTree) -> tuple[PyTree, PyTree]:
         raise _refused("parameters apart from a chain")
 
-    def _transition(self, denoiser: Denoiser, condition: PyTree, x: Array, current: Array, following: Array) -> tuple:
-        """Mean and the sampler's own standard deviation of one step."""
+    def _transition(
+        self, denoiser: Denoiser, condition: PyTree, eta: Array | None, x: Array, current: Array, following: Array
+    ) -> tuple:
+        """Mean and the sampler's own standard deviation of one step, or those with another eta."""
 
         def ask(x: Array, level: Array) -> Prediction:
             return denoiser.predict(x, level, condition)
 
         sampler = self._sampler
-        mean, std = sampler.transition(limited(ask, sampler.limit), self._process, x, current, following)
+        given = (limited(ask, sampler.limit), self._process, x, current, following)
+        mean, std = sampler.transition(*given) if eta is None else sampler.transition_with(eta, *given)
         return mean, sampler.bounded(std)
 
     def draw(self, observation: PyTree, key: Key[Array, ""]) -> tuple[Float[Array, "K1 H D"], Transitions]:
@@ -255,12 +268,14 @@ class ChainPolicy(NetworkPolicy):
         if self.noise_limit is not None:
             noise = jnp.clip(noise, -self.noise_limit, self.noise_limit)
 
-        def run(generator: ChunkGenerator, x: Array, part: slice) -> tuple[Array, tuple[Array, Array, Array]]:
+        def run(
+            generator: ChunkGenerator, eta: Array | None, x: Array, part: slice
+        ) -> tuple[Array, tuple[Array, Array, Array]]:
             condition = generator.encode(observation)
 
             def step(x: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array, Array]]:
                 current, following, noise = inputs
-                mean, std = self._transition(generator.denoiser, condition, x, current, following)
+                mean, std = self._transition(generator.denoiser, condition, eta, x, current, following)
                 x = mean + jnp.maximum(std, self.exploration_std) * noise
                 return x, (x, mean, jnp.maximum(std, self.likelihood_std))
 
@@ -268,8 +283,8 @@ class ChainPolicy(NetworkPolicy):
 
         frozen = grid.steps - self.steps
         if frozen:
-            x, _ = run(self.source, x, slice(0, frozen))
-        _, (states, mean, std) = run(self.tuned(), x, slice(frozen, None))
+            x, _ = run(self.source, None, x, slice(0, frozen))
+        _, (states, mean, std) = run(self.tuned(), self.eta, x, slice(frozen, None))
         return jnp.concatenate([x[None], states]), Transitions(mean, std)
 
     def parameters_for(self, features: Features, carry: PyTree, sample: Float[Array, "... K1 H D"]) -> Transitions:
@@ -288,7 +303,7 @@ class ChainPolicy(NetworkPolicy):
             condition = generator.encode(observation)
 
             def step(x: Array, current: Array, following: Array) -> tuple[Array, Array]:
-                return self._transition(generator.denoiser, condition, x, current, following)
+                return self._transition(generator.denoiser, condition, self.eta, x, current, following)
 
             mean, std = jax.vmap(step)(states[:-1], current, following)
             return Transitions(mean, jnp.maximum(std, self.likelihood_std))
@@ -296,6 +311,25 @@ class ChainPolicy(NetworkPolicy):
         for _ in range(sample.ndim - 3):
             one = jax.vmap(one)
         return one(features.observation, sample)
+
+    def step_log_prob(
+        self, observation: PyTree, states: Float[Array, "K1 H D"], step: Int[Array, ""] | int
+    ) -> Float[Array, ""]:
+        """Log-density of one step of a recorded chain, by one call of the network.
+
+        Args:
+            observation: what the chain was drawn for.
+            states: the whole chain.
+            step: which of the trainable steps, 0 for the noisiest.
+        """
+        grid, generator = self._grid, self.tuned()
+        place = grid.steps - self.steps + step
+        around = jnp.stack([states[step], states[step + 1]])
+        condition = generator.encode(observation)
+        levels = grid.current[place], grid.following[place]
+        mean, std = self._transition(generator.denoiser, condition, self.eta, around[0], *levels)
+        taken = Transitions(mean[None], jnp.maximum(std, self.likelihood_std)[None])
+        return self.head.log_prob(taken, around)[0]
 
     def act(self, observation: PyTree, carry: PyTree, key: Key[Array, ""]) -> tuple[PyTree, PyTree, Record]:
         states, transitions = self.draw(observation, key)
@@ -340,6 +374,8 @@ class DenoisingChains(Architecture):
         first_row: rows of a chunk skipped before those that are played.
         average: see :class:`ChainHead`.
         log_prob_bounds: see :class:`ChainHead`.
+        eta_bounds: learn DDIM's eta between these, one number for all states and steps, beginning with the sampler's
+            own; None keeps that. How a step explores is then learned where it is above `exploration_std`.
     """
 
     generator: ChunkGenerator
@@ -350,6 +386,7 @@ class DenoisingChains(Architecture):
     first_row: int = eqx.field(static=True, default=0)
     average: bool = eqx.field(static=True, default=True)
     log_prob_bounds: tuple[float, float] | None = eqx.field(static=True, default=(-5.0, 2.0))
+    eta_bounds: tuple[float, float] | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
         generator = self.generator
@@ -377,6 +414,13 @@ class DenoisingChains(Architecture):
         if self.log_prob_bounds is not None:
             low, high = self.log_prob_bounds
             require(low < high, "log_prob_bounds", self.log_prob_bounds, "(low, high) with low < high")
+        if self.eta_bounds is not None:
+            if not isinstance(generator.sampler, DDIM):
+                kind = type(generator.sampler).__name__
+                raise InputTypeError(f"generator.sampler is a {kind}, but only DDIM has an eta to learn.")
+            low, high = self.eta_bounds
+            allowed = f"(low, high) with 0 <= low < {generator.sampler.eta} < high <= 1 around the sampler's eta"
+            require(0.0 <= low < generator.sampler.eta < high <= 1.0, "eta_bounds", self.eta_bounds, allowed)
 
     def make(
         self, preprocess: Preprocess, head: Head, *, initial_log_std: Float[Array, ""] | float, key: Key[Array, ""]
@@ -392,10 +436,15 @@ class DenoisingChains(Architecture):
             )
         low, high = (head.low, head.high) if isinstance(head, DiagonalGaussian) else (None, None)
         steps = self.steps or generator.sampler.grid(generator.denoiser.process).steps
+        free = jnp.zeros(0)
+        if self.eta_bounds is not None:
+            least, most = self.eta_bounds
+            eta = generator.sampler.eta
+            free = jnp.log(jnp.asarray([(eta - least) / (most - eta)]))
         return ChainPolicy(
             preprocess=KeepObservation(preprocess.layout, preprocess.standardize),
             network=eqx.filter(generator.denoiser, generator.denoiser.trainable()),
-            free=jnp.zeros(0),
+            free=free,
             head=ChainHead(
                 generator.action_scaling, shape[0], self.first_row, low, high, self.average, self.log_prob_bounds
             ),
@@ -404,4 +453,5 @@ class DenoisingChains(Architecture):
             likelihood_std=jnp.asarray(self.likelihood_std),
             steps=steps,
             noise_limit=self.noise_limit,
+            eta_bounds=self.eta_bounds,
         )

@@ -12,12 +12,9 @@ from steersman import objectives
 from steersman.diffusion.denoising_chain import DenoisingChains
 from steersman.errors import InputError, InputTypeError, require_number
 from steersman.policies import Architecture
-from steersman.rl.on_policy.actor_critic import ActorCriticState, Batch
-from steersman.rl.on_policy.first_order import Carried, FirstOrder
+from steersman.rl.on_policy.actor_critic import ActorCriticState
+from steersman.rl.on_policy.first_order import FirstOrder
 from steersman.rl.surrogates import Surrogate, SurrogateInputs
-from steersman.training.algorithm import Metrics
-from steersman.training.experience import Experience
-from steersman.training.normalization import RewardScaler
 from steersman.training.schedules import Continuous, Schedule, Scheduled, scalar
 
 
@@ -115,6 +112,9 @@ class DPPO(FirstOrder):
     the observation alone. ``num_steps`` counts decisions. Give ``learning_rate`` a schedule that starts at 0 to warm
     the critic up first. Defaults are the authors' for Gym.
 
+    The authors' options are the loop's: ``imitation=Imitation(...)`` for chains of the original policy at the visited
+    states, ``normalize_advantages=ClippedAdvantages(...)`` for quantiles, ``entropy_coefficient`` for a learned eta.
+
     Attributes:
         architecture: the diffusion policy, :class:`~steersman.diffusion.denoising_chain.DenoisingChains`.
     """
@@ -147,16 +147,3 @@ class DPPO(FirstOrder):
                 "architecture is None, but it must be DenoisingChains(generator), with the generator to fine-tune."
             )
         return super().init(problem, key)
-
-    def prepare(
-        self,
-        state: ActorCriticState,
-        carried: Carried,
-        experience: Experience,
-        batch: Batch,
-        scaler: RewardScaler | None,
-    ) -> tuple[Batch, Carried, Metrics]:
-        rows, carried, metrics = super().prepare(state, carried, experience, batch, scaler)
-        # All steps of a chain share the advantage of its decision.
-        shared = jnp.broadcast_to(rows.advantage[:, None], rows.log_prob.shape)
-        return rows._replace(advantage=shared), carried, metrics

@@ -49,8 +49,7 @@ class FlowHead(Head):
     Attributes:
         bounds: takes an action to the environment: clips or squashes it.
         chunk_shape: ``(H, D)``.
-        per_pair: whether each pair has a log-ratio of its own, on a trailing axis; for
-            :class:`~steersman.diffusion.fpo.PerTerm`.
+        per_pair: whether each pair has a log-ratio of its own, on a trailing axis.
     """
 
     bounds: Head
@@ -65,12 +64,16 @@ class FlowHead(Head):
         del action
         return -parameters if self.per_pair else -jnp.mean(parameters, axis=-1)
 
+    def _of_each(self, value: Float[Array, "..."], parameters: Float[Array, "... N"]) -> Float[Array, "..."]:
+        # In the shape of the log-probabilities: all pairs of an action share what is known of it as a whole.
+        return jnp.broadcast_to(value[..., None], parameters.shape) if self.per_pair else value
+
     def entropy(self, parameters: Float[Array, "... N"]) -> Float[Array, "..."]:
-        return jnp.zeros_like(parameters[..., 0])
+        return self._of_each(jnp.zeros_like(parameters[..., 0]), parameters)
 
     def kl(self, old: Float[Array, "... N"], new: Float[Array, "... N"]) -> Float[Array, "..."]:
         log_ratio = jnp.mean(old - new, axis=-1)
-        return jnp.expm1(log_ratio) - log_ratio
+        return self._of_each(jnp.expm1(log_ratio) - log_ratio, new)
 
     def to_action(self, sample: FlowSample) -> PyTree:
         action = sample.action
@@ -229,7 +232,7 @@ class FlowArchitecture(Architecture):
         supervise: the prediction whose error is compared: ``"noise"``, or ``"flow"`` for flow matching's own loss.
         pairs: pairs of noise and level for each action.
         squash: bring actions into a bounded box by tanh instead of clipping.
-        per_pair: a ratio for each pair instead of one of their mean (:class:`~steersman.diffusion.fpo.PerTerm`).
+        per_pair: a ratio for each pair instead of one of their mean.
     """
 
     recipe: DenoiserRecipe = eqx.field(

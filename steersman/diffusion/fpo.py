@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from steersman.diffusion.flow_policy import FlowArchitecture
-from steersman.errors import InputError, InputTypeError, require, require_number
+from steersman.errors import InputError, InputTypeError, require_number
 from steersman.policies import Architecture
 from steersman.rl.on_policy.first_order import FirstOrder
-from steersman.rl.references import ProximalReference
 from steersman.rl.surrogates import Clip, Surrogate, SurrogateInputs
 from steersman.training.schedules import Continuous, Schedule, Scheduled, scalar
 
 
-class PerTerm(Surrogate):
-    """Another surrogate on each term of a log-ratio that comes in several, on a trailing axis, bounded first.
-
-    The terms are the pairs of a flow policy, or the steps of a chain whose every step has a likelihood.
+class LimitedRatio(Surrogate):
+    """Another surrogate on log-ratios that are bounded first: those of a flow policy's single pairs have wide tails.
 
     Attributes:
         surrogate: the policy loss.
-        limit: bound on the magnitude of a term.
+        limit: bound on the magnitude of a log-ratio.
     """
 
     surrogate: Surrogate = eqx.field(default_factory=lambda: Clip(0.05))
@@ -35,15 +29,8 @@ class PerTerm(Surrogate):
     def __check_init__(self) -> None:
         require_number("limit", self.limit, above=0.0)
 
-    def _spread(self, log_ratio: Array, advantage: Array, inputs: SurrogateInputs) -> tuple[Array, Array, Any]:
-        require(
-            log_ratio.ndim == advantage.ndim + 1,
-            "log_ratio.shape",
-            log_ratio.shape,
-            f"{advantage.shape} and an axis of terms",
-        )
-        wide = jax.tree.map(lambda leaf: leaf if leaf.ndim == log_ratio.ndim else leaf[..., None], inputs)
-        return jnp.clip(log_ratio, -self.limit, self.limit), advantage[..., None], wide
+    def _limited(self, log_ratio: Array) -> Array:
+        return jnp.clip(log_ratio, -self.limit, self.limit)
 
     def init(self) -> PyTree:
         return self.surrogate.init()
@@ -51,12 +38,12 @@ class PerTerm(Surrogate):
     def __call__(
         self, log_ratio: Float[Array, "..."], advantage: Float[Array, "..."], inputs: SurrogateInputs, state: PyTree
     ) -> Float[Array, "..."]:
-        return self.surrogate(*self._spread(log_ratio, advantage, inputs), state)
+        return self.surrogate(self._limited(log_ratio), advantage, inputs, state)
 
     def learn(
         self, log_ratio: Float[Array, "..."], advantage: Float[Array, "..."], inputs: SurrogateInputs, state: PyTree
     ) -> PyTree:
-        return self.surrogate.learn(*self._spread(log_ratio, advantage, inputs), state)
+        return self.surrogate.learn(self._limited(log_ratio), advantage, inputs, state)
 
     def adapt(self, state: PyTree, kl: Float[Array, ""]) -> PyTree:
         return self.surrogate.adapt(state, kl)
@@ -97,9 +84,3 @@ class FPO(FirstOrder):
             raise InputTypeError(f"architecture is {flow!r}, but it must be a FlowArchitecture.")
         if isinstance(weight, Schedule) or (not isinstance(weight, Tracer) and float(weight) != 0.0):
             raise InputError(f"entropy_coefficient is {weight}, but it must be 0: a flow's entropy is not known.")
-        if flow.per_pair != isinstance(self.surrogate, PerTerm):
-            raise InputError(
-                f"architecture.per_pair is {flow.per_pair}, but it must be True with PerTerm, and False with others."
-            )
-        if flow.per_pair and isinstance(self.reference, ProximalReference):
-            raise InputError("reference is a ProximalReference, which knows one ratio a sample, but per_pair is True.")

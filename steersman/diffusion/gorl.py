@@ -7,88 +7,30 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
-from steersman.diffusion.cloning import Cloning, MLPRecipe
+from steersman.diffusion.cloning import Cloned, Cloning, MLPRecipe
 from steersman.diffusion.latent_actions import (
     Decoder,
     GenerativeDecoder,
     LatentActions,
     LatentParams,
     LatentPolicy,
+    LatentPPO,
     Unchanged,
 )
 from steersman.diffusion.processes import RectifiedFlow
 from steersman.diffusion.samplers import FlowSolver
-from steersman.diffusion.scaling import Scaling
+from steersman.diffusion.scaling import standard_scaling
 from steersman.envs import Problem
 from steersman.envs.chunk_data import ChunkPairs
-from steersman.errors import InputError, InputTypeError, require_count, require_number
+from steersman.errors import InputError, InputTypeError, require_count
 from steersman.networks import OctaveTime
 from steersman.policies import Head, Policy
-from steersman.rl.on_policy.actor_critic import ActorCriticState, Batch, Learned, Samples, likelihood
-from steersman.rl.on_policy.ppo import PPO
 from steersman.training.algorithm import InteractiveAlgorithm, IterativeAlgorithm, Metrics
 from steersman.training.collect import Rollout
+from steersman.training.episode_filter import EpisodeFilter, EpisodeReturns, systematic_draw
 from steersman.training.experience import Experience
-from steersman.training.schedules import Continuous, Scheduled, scalar
-
-
-class LatentPPO(PPO):
-    """PPO with the penalty ``lambda (mean mu^2 + mean sigma^2)``, which keeps a latent Gaussian near the prior.
-
-    Attributes:
-        latent_penalty: weight ``lambda``.
-    """
-
-    latent_penalty: Scheduled = scalar(1e-3)
-    value_coefficient: Scheduled = scalar(0.25)
-    max_gradient_norm: Continuous | None = scalar(1.0)
-    hidden: tuple[int, ...] = eqx.field(static=True, default=(32,) * 4, converter=tuple)
-    activation: str = eqx.field(static=True, default="swish")
-
-    def loss(
-        self, learned: Learned, state: ActorCriticState, rows: Batch, surrogate: PyTree
-    ) -> tuple[Float[Array, ""], tuple[Samples, Metrics]]:
-        value, (drawn, shown) = super().loss(learned, state, rows, surrogate)
-        latent = likelihood(state.with_learned(learned).actor, rows)
-        size = jnp.mean(latent.mean**2) + jnp.mean(jnp.exp(2.0 * latent.log_std))
-        return value + self.latent_penalty * size, (drawn, {**shown, "latent_size": size})
-
-
-class EpisodeFilter(eqx.Module):
-    """Which episodes a decoder is refitted to: a share of them from the better ones, the rest from all.
-
-    Attributes:
-        ratio: share drawn from episodes whose return is at or above the quantile; 0 takes all episodes alike.
-        quantile: of the returns, at least 0 and below 1.
-    """
-
-    ratio: Continuous = scalar(0.8)
-    quantile: Continuous = scalar(0.5)
-
-    def __check_init__(self) -> None:
-        require_number("ratio", self.ratio, at_least=0.0, at_most=1.0)
-        require_number("quantile", self.quantile, at_least=0.0, below=1.0)
-
-    def __call__(
-        self, returns: Float[Array, " E"], complete: Bool[Array, " E"]
-    ) -> tuple[Float[Array, " E"], Int[Array, ""]]:
-        """The weight of each episode, and how many are among the better ones.
-
-        Args:
-            returns: of each episode.
-            complete: which of them are whole; the others have no weight.
-        """
-        count = jnp.sum(complete)
-        ordered = jnp.sort(jnp.where(complete, returns, jnp.inf))
-        place = jnp.clip(jnp.ceil(self.quantile * count).astype(jnp.int32) - 1, 0)
-        least = ordered[place]
-        # Sums of equal rewards in another order differ in their last digits.
-        better = complete & (returns >= least - 1e-5 * (1.0 + jnp.abs(least)))
-        kept = jnp.sum(better)
-        share = self.ratio * better / jnp.maximum(kept, 1) + (1.0 - self.ratio) * complete / jnp.maximum(count, 1)
-        return share, kept
 
 
 class Stage(eqx.Module):
@@ -114,9 +56,12 @@ class Stage(eqx.Module):
 
 
 def flow_cloning(**options: Any) -> Cloning:
-    """Flow matching as GoRL refits its decoder; `options` are those of :class:`~steersman.diffusion.Cloning`."""
+    """Flow matching as GoRL refits its decoder; `options` are those of :class:`~steersman.diffusion.Cloning`.
+
+    Ten steps of Heun's method in the place of Euler's, which shrinks what it generates, and more so with every stage.
+    """
     recipe = MLPRecipe(RectifiedFlow(), "flow", (64, 64, 64, 64), time_features=OctaveTime(4))
-    return Cloning(**{"recipe": recipe, "sampler": FlowSolver(10), "learning_rate": 3e-4, **options})
+    return Cloning(**{"recipe": recipe, "sampler": FlowSolver(10, order=2), "learning_rate": 3e-4, **options})
 
 
 class StageLoop(IterativeAlgorithm):
@@ -196,30 +141,18 @@ class StageLoop(IterativeAlgorithm):
         )
 
     def step(self, problem: Any, state: Stage) -> tuple[Stage, Metrics]:
-        key, agent_key, collect_key, refit_key = jax.random.split(state.key, 4)
+        encoder, best = self.learn(problem, state)
+        after, metrics = self.advance(problem, state, encoder)
+        return after, {**metrics, "best_return": best}
+
+    def learn(self, problem: Any, state: Stage) -> tuple[Policy, Float[Array, ""]]:
+        """The first half of a stage: the best latent policy that a fresh agent comes by, and its mean return then."""
         agent: Any = self.agent
         if self.first is not None:
             start = state.number == 0
             agent = jax.tree.map(lambda a, b: jnp.where(start, a, b), self.first, self.agent)
         latent = self._latent(problem, state.decoder)
-        encoder, best = self._learn(agent, latent, agent_key)
-        data, metrics = self._collect(latent, encoder, collect_key)
-        decoder, loss = self._refit(data, refit_key)
-        taken = self.iterations * agent.collector.samples_per_iteration + self.collect_envs * self.collect_steps
-        after = Stage(
-            decoder=decoder,
-            encoder=encoder,
-            played=state.decoder,
-            bounds=state.bounds,
-            number=state.number + 1,
-            samples=state.samples + jnp.uint32(taken),
-            key=key,
-        )
-        return after, {**metrics, "best_return": best, "refit_loss": loss, "samples": after.samples.astype(jnp.float32)}
-
-    def _learn(self, agent: Any, latent: Problem, key: Key[Array, ""]) -> tuple[Policy, Array]:
-        """The best latent policy that a fresh agent comes by, and the mean return that it was chosen for."""
-        init_key, rollout_key = jax.random.split(key)
+        init_key, rollout_key = jax.random.split(jax.random.split(state.key, 4)[1])
         learner = agent.init(latent, init_key)
         rollout = agent.collector.init(latent, agent.behaviour(learner), rollout_key)
 
@@ -237,34 +170,41 @@ class StageLoop(IterativeAlgorithm):
         running, _ = jax.lax.scan(iteration, running, None, length=self.iterations)
         return running[2], running[3]
 
+    def advance(self, problem: Any, state: Stage, encoder: Policy) -> tuple[Stage, Metrics]:
+        """The second half: the decoder of the next stage, refitted to what `encoder` does in this one."""
+        key, _, collect_key, refit_key = jax.random.split(state.key, 4)
+        data, metrics = self._collect(self._latent(problem, state.decoder), encoder, collect_key)
+        decoder, loss = self._refit(data, refit_key)
+        agent: Any = self.agent
+        taken = self.iterations * agent.collector.samples_per_iteration + self.collect_envs * self.collect_steps
+        after = Stage(
+            decoder=decoder,
+            encoder=encoder,
+            played=state.decoder,
+            bounds=state.bounds,
+            number=state.number + 1,
+            samples=state.samples + jnp.uint32(taken),
+            key=key,
+        )
+        return after, {**metrics, "refit_loss": loss, "samples": after.samples.astype(jnp.float32)}
+
     def _collect(self, latent: Problem, encoder: Policy, key: Key[Array, ""]) -> tuple[ChunkPairs, Metrics]:
         """Pairs of observations and actions of the latent policy, of the episodes that the filter keeps."""
         rollout_key, key = jax.random.split(key)
         collector = Rollout(self.collect_envs, self.collect_steps)
         found: Experience = collector.collect(latent, encoder, collector.init(latent, encoder, rollout_key))[0]
-        # Every episode of every environment gets a number of its own.
-        before = jnp.cumsum(found.done, axis=0) - found.done
-        episode = (before + (self.collect_steps + 1) * jnp.arange(self.collect_envs)).ravel()
-        count = (self.collect_steps + 1) * self.collect_envs
-        returns = jax.ops.segment_sum(found.reward.ravel(), episode, count)
-        complete = jax.ops.segment_sum(found.done.ravel().astype(jnp.int32), episode, count) > 0
-        whole = jnp.maximum(jnp.sum(complete), 1)
-        mean = jnp.sum(jnp.where(complete, returns, 0.0)) / whole
-        weight, kept = jnp.ones_like(found.reward).ravel(), jnp.sum(complete)
+        episodes = EpisodeReturns.of(found)
+        weight, kept = jnp.ones_like(found.reward).ravel(), jnp.sum(episodes.complete)
         if self.filter is not None:
-            share, kept = self.filter(returns, complete)
-            weight = share[episode]
+            share, kept = self.filter(episodes.returns, episodes.complete)
             weight = eqx.error_if(
-                weight,
+                share[episodes.number],
                 kept < self.decoder.batch_size,
                 "filter keeps fewer episodes than a batch of the decoder's training: collect more, or lower quantile.",
             )
-        weight = eqx.error_if(weight, ~jnp.all(jnp.isfinite(returns)), "returns have NaN or infinity among them.")
-        size = min(self.max_samples, episode.size)
-        # One draw from each of `size` equal parts of the total weight.
-        places = (jnp.arange(size) + jax.random.uniform(key, (size,))) / size
-        total = jnp.cumsum(weight)
-        index = jnp.clip(jnp.searchsorted(total, places * total[-1]), 0, episode.size - 1)
+        finite = jnp.all(jnp.isfinite(episodes.returns))
+        weight = eqx.error_if(weight, ~finite, "returns have NaN or infinity among them.")
+        index = systematic_draw(key, weight, min(self.max_samples, weight.size))
 
         def rows(leaf: Array) -> Array:
             return leaf.reshape(-1, *leaf.shape[2:])[index]
@@ -278,38 +218,26 @@ class StageLoop(IterativeAlgorithm):
         )
         shape = latent.params.decoder.generator.denoiser.chunk_shape
         data = self.pairs(observation, drawn, action.reshape(-1, *shape))
-        return data, {"stage_return": mean, "kept_episodes": kept.astype(jnp.float32)}
+        return data, {"stage_return": episodes.mean_return, "kept_episodes": kept.astype(jnp.float32)}
 
     def _refit(self, data: ChunkPairs, key: Key[Array, ""]) -> tuple[GenerativeDecoder, Array]:
         """A decoder that is trained from scratch."""
         cloning = _standardizing(self.decoder, data)
-        state, losses = jax.lax.scan(
-            lambda state, _: _with_loss(*cloning.step(data, state)),
-            cloning.init(data, key),
-            None,
-            length=self.refit_steps,
-        )
+
+        def step(state: Cloned, _: None) -> tuple[Cloned, Array]:
+            state, metrics = cloning.step(data, state)
+            return state, metrics["loss"]
+
+        state, losses = jax.lax.scan(step, cloning.init(data, key), None, length=self.refit_steps)
         return GenerativeDecoder(cloning.generator(state)), jnp.mean(losses[-max(1, self.refit_steps // 10) :])
 
     def policy(self, state: Stage) -> LatentPolicy:
         return LatentPolicy(state.encoder, state.played, state.bounds)
 
 
-def _with_loss(state: PyTree, metrics: Metrics) -> tuple[PyTree, Array]:
-    return state, metrics["loss"]
-
-
 def _standardizing(cloning: Cloning, data: ChunkPairs) -> Cloning:
     """`cloning` with observations standardized by the data's own statistics, where it scales none itself."""
     if cloning.observation_scaling is not None:
         return cloning
-
-    def fit(leaf: Array) -> Scaling:
-        leaf = jnp.asarray(leaf, jnp.result_type(float))
-        std = jnp.std(leaf, axis=0)
-        # What never changes has no scale and is left at zero.
-        return Scaling(jnp.mean(leaf, axis=0), jnp.where(std > 1e-6, std, 1.0))
-
-    parts = data.observation
-    scaling = {k: fit(v) for k, v in parts.items()} if isinstance(parts, dict) else fit(parts)
+    scaling = standard_scaling(data.observation)
     return eqx.tree_at(lambda c: c.observation_scaling, cloning, scaling, is_leaf=lambda x: x is None)

@@ -18,7 +18,11 @@ from steersman.diffusion.generator import ChunkGenerator
 from steersman.diffusion.processes import DiscreteVP, NoiseProcess
 from steersman.envs.environment import Environment
 from steersman.errors import InputError, InputTypeError, require
-from steersman.policies import Head, Policy, head_for
+from steersman.policies import DiagonalGaussian, Head, Policy, head_for
+from steersman.rl.on_policy.actor_critic import ActorCriticState, Batch, Learned, Samples, likelihood
+from steersman.rl.on_policy.ppo import PPO
+from steersman.training.algorithm import Metrics
+from steersman.training.schedules import Continuous, Scheduled, scalar
 
 
 class Decoder(eqx.Module):
@@ -195,3 +199,32 @@ class LatentPolicy(Policy):
 
     def mode(self) -> Policy:
         return LatentPolicy(self.encoder.mode(), self.decoder, self.bounds)
+
+
+class LatentPPO(PPO):
+    """PPO with the penalty ``lambda (mean mu^2 + mean sigma^2)``, which keeps a latent Gaussian near the prior.
+
+    Attributes:
+        latent_penalty: weight ``lambda``.
+    """
+
+    latent_penalty: Scheduled = scalar(1e-3)
+    value_coefficient: Scheduled = scalar(0.25)
+    max_gradient_norm: Continuous | None = scalar(1.0)
+    hidden: tuple[int, ...] = eqx.field(static=True, default=(32,) * 4, converter=tuple)
+    activation: str = eqx.field(static=True, default="swish")
+
+    def init(self, problem: Any, key: Key[Array, ""]) -> ActorCriticState:
+        state = super().init(problem, key)
+        if not isinstance(state.actor.head, DiagonalGaussian):
+            kind = type(state.actor.head).__name__
+            raise InputTypeError(f"policy has a {kind}, but only a Gaussian has the mean and deviation to keep small.")
+        return state
+
+    def loss(
+        self, learned: Learned, state: ActorCriticState, rows: Batch, surrogate: PyTree
+    ) -> tuple[Float[Array, ""], tuple[Samples, Metrics]]:
+        value, (drawn, shown) = super().loss(learned, state, rows, surrogate)
+        latent = likelihood(state.with_learned(learned).actor, rows)
+        size = jnp.mean(latent.mean**2) + jnp.mean(jnp.exp(2.0 * latent.log_std))
+        return value + self.latent_penalty * size, (drawn, {**shown, "latent_size": size})

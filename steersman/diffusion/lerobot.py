@@ -20,7 +20,7 @@ from steersman.diffusion.processes import DiscreteVP
 from steersman.diffusion.samplers import DDIM, DDPM, Sampler
 from steersman.diffusion.scaling import Scaling
 from steersman.errors import InputError, InputTypeError, require, require_count
-from steersman.networks import ResNet18, TemporalUNet, WindowEncoder
+from steersman.networks import CroppedEncoder, ResNet18, TemporalUNet, WindowEncoder
 from steersman.networks.encoders import FrozenBatchNorm
 from steersman.policies import ChunkPolicy
 
@@ -306,7 +306,7 @@ def load_lerobot(folder: str | Path) -> LeRobotPolicy:
     no code of the checkpoint.
 
     Observations are dictionaries with LeRobot's names; images are floats ``[channels, height, width]`` in [0, 1].
-    Crops are always central.
+    Crops are central when the policy acts; while it is trained on they are at random places, if ``crop_is_random``.
 
     Args:
         folder: where ``config.json`` is.
@@ -351,21 +351,26 @@ def load_lerobot(folder: str | Path) -> LeRobotPolicy:
     if images:
         crop = config.get("crop_shape")
 
+        shape: Any = inputs[images[0]]
+        sides = shape[1:] if crop is None else (crop[0], crop[1])
+
         def make_encoder() -> ResNet18:
             return ResNet18(
-                inputs[images[0]],  # pyright: ignore[reportArgumentType]
-                crop=None if crop is None else (crop[0], crop[1]),
+                (shape[0], *sides),
                 keypoints=get("spatial_softmax_num_keypoints", 32),
                 normalization="group" if get("use_group_norm", True) else "batch",
                 key=jax.random.key(0),
             )
 
+        def cropped(encoder: ResNet18) -> ResNet18 | CroppedEncoder:
+            return encoder if crop is None else CroppedEncoder(encoder, shape, sides, get("crop_is_random", True))
+
         blank = eqx.filter_eval_shape(make_encoder)
         if config.get("use_separate_rgb_encoder_per_camera", False):
             for place, name in enumerate(images):
-                encoders[name] = _fill(blank, f"diffusion.rgb_encoder.{place}.", weights, file)
+                encoders[name] = cropped(_fill(blank, f"diffusion.rgb_encoder.{place}.", weights, file))
         else:
-            shared = _fill(blank, "diffusion.rgb_encoder.", weights, file)
+            shared = cropped(_fill(blank, "diffusion.rgb_encoder.", weights, file))
             encoders.update(dict.fromkeys(images, shared))
         size += len(images) * 2 * get("spatial_softmax_num_keypoints", 32)
     if ENVIRONMENT in inputs:
@@ -530,14 +535,15 @@ def save_lerobot(folder: str | Path, policy: LeRobotPolicy) -> None:
         places = encoder.places[1 : 1 + len(images)]
         used = [encoder.encoders[place] if place >= 0 else None for place in places]
         separate = len(set(places)) > 1
+        crops = [encoder if isinstance(encoder, CroppedEncoder) else None for encoder in used]
+        used = [encoder if crop is None else crop.encoder for encoder, crop in zip(used, crops, strict=True)]
         for place, image_encoder in enumerate(used):
             if not isinstance(image_encoder, ResNet18):
                 raise InputTypeError(f"encoder of {images[place]!r} is no ResNet18.")
             prefix = f"diffusion.rgb_encoder.{place}." if separate else "diffusion.rgb_encoder."
             put(image_encoder, prefix)
-            seen = image_encoder.crop or image_encoder.image_shape[1:]
             # Five layers of stride 2.
-            height, width = (-(-side // 32) for side in seen)
+            height, width = (-(-side // 32) for side in image_encoder.image_shape[1:])
             across, down = np.meshgrid(np.linspace(-1.0, 1.0, width), np.linspace(-1.0, 1.0, height))
             arrays[f"{prefix}pool.pos_grid"] = np.stack([across.ravel(), down.ravel()], axis=1).astype(np.float32)
             if isinstance(image_encoder.stem_norm, FrozenBatchNorm):
@@ -548,7 +554,8 @@ def save_lerobot(folder: str | Path, policy: LeRobotPolicy) -> None:
         config |= {
             "vision_backbone": "resnet18",
             "pretrained_backbone_weights": None,
-            "crop_shape": image_encoder.crop,
+            "crop_shape": crops[0] and crops[0].crop,
+            "crop_is_random": crops[0] is None or crops[0].random,
             "spatial_softmax_num_keypoints": image_encoder.maps.weight.shape[0],
             "use_group_norm": not isinstance(image_encoder.stem_norm, FrozenBatchNorm),
             "use_separate_rgb_encoder_per_camera": separate,

@@ -53,13 +53,15 @@ def denoising_loss(
         denoiser: the network, encoder included.
         observation: observations with a leading batch axis.
         clean: their chunks.
-        key: randomness of levels and noise.
+        key: randomness of levels and noise, and of an encoder that draws while it learns.
     """
     level_key, noise_key = jax.random.split(key)
     levels = denoiser.process.sample_level(level_key, clean.shape[:1])
     noises = jax.random.normal(noise_key, clean.shape, clean.dtype)
 
-    def one(observation: PyTree, chunk: Array, level: Array, noise: Array) -> Array:
-        return jnp.mean(prediction_errors(denoiser, chunk, denoiser.encode(observation), level, noise))
+    seen_keys = jax.random.split(jax.random.fold_in(key, 0), clean.shape[0])
 
-    return jax.vmap(one)(observation, clean, levels, noises)
+    def one(observation: PyTree, chunk: Array, level: Array, noise: Array, key: Array) -> Array:
+        return jnp.mean(prediction_errors(denoiser, chunk, denoiser.encode(observation, key), level, noise))
+
+    return jax.vmap(one)(observation, clean, levels, noises, seen_keys)

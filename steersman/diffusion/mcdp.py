@@ -21,7 +21,7 @@ from steersman.diffusion.generator import ChunkGenerator
 from steersman.diffusion.gpc import compose, generators_of
 from steersman.diffusion.weight_search import play, simplex
 from steersman.errors import InputError, require, require_count
-from steersman.networks import MLP, ConvEncoder, PointNet, WindowEncoder
+from steersman.networks import MLP, ConvEncoder, CroppedEncoder, PointNet, WindowEncoder
 
 
 def check_modalities(policies: Mapping[str, Any]) -> dict[str, ChunkGenerator]:
@@ -189,16 +189,22 @@ class ImageRecipe(FrameRecipe):
     Attributes:
         widths: channels after each convolution.
         output_size: numbers of the vector.
+        crop: height and width of the part that is looked at: somewhere while learning, the middle when acting; None
+            for the whole.
     """
 
     widths: tuple[int, ...] = eqx.field(static=True, default=(16, 32, 64))
     output_size: int = eqx.field(static=True, default=64)
+    crop: tuple[int, int] | None = eqx.field(static=True, default=None)
 
     def frame_axes(self) -> int:
         return 3
 
-    def encoder(self, shape: tuple[int, ...], key: Key[Array, ""]) -> ConvEncoder:
-        return ConvEncoder((shape[0], shape[1], shape[2]), self.widths, self.output_size, key=key)
+    def encoder(self, shape: tuple[int, ...], key: Key[Array, ""]) -> Callable[[Array], Array]:
+        whole = (shape[0], shape[1], shape[2])
+        height, width = whole[1:] if self.crop is None else self.crop
+        encoder = ConvEncoder((shape[0], height, width), self.widths, self.output_size, key=key)
+        return encoder if self.crop is None else CroppedEncoder(encoder, whole, self.crop)
 
 
 class VectorRecipe(FrameRecipe):

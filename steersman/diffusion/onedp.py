@@ -7,7 +7,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key, PyTree, UInt32
 
 from steersman.diffusion.denoiser import NetworkDenoiser
@@ -20,7 +19,7 @@ from steersman.envs.chunk_data import ObservationData
 from steersman.errors import InputError, InputTypeError, require, require_count
 from steersman.policies import ChunkPolicy
 from steersman.training.algorithm import IterativeAlgorithm, Metrics
-from steersman.training.optimizers import Adam, Optimizer
+from steersman.training.optimizers import Adam, Optimizer, descend
 from steersman.training.schedules import Scheduled, resolve, scalar
 
 
@@ -137,7 +136,7 @@ class OneDP(IterativeAlgorithm):
         if not isinstance(problem, ObservationData):
             raise InputTypeError(f"problem is a {type(problem).__name__}, but distillation needs ObservationData.")
         denoiser: Any = self._generator.denoiser
-        memory = self.optimizer.transformation().init(ravel_pytree(eqx.filter(denoiser, denoiser.trainable()))[0])
+        memory = self.optimizer.transformation().init(eqx.filter(denoiser, denoiser.trainable()))
         score = None if self.deterministic else denoiser
         return Distilled(
             student=denoiser,
@@ -177,11 +176,8 @@ class OneDP(IterativeAlgorithm):
 
     def _descend(self, loss: Any, network: NetworkDenoiser, memory: PyTree, rate: Array) -> tuple[Any, PyTree, Array]:
         learned, fixed = eqx.partition(network, network.trainable())
-        flat, unravel = ravel_pytree(learned)
-        value, gradient = jax.value_and_grad(lambda p: loss(eqx.combine(unravel(p), fixed)))(flat)
-        direction: Any
-        direction, memory = self.optimizer.transformation().update(gradient, memory, flat, value=value)
-        return eqx.combine(unravel(flat - rate * direction), fixed), memory, value
+        moved = descend(self.optimizer, lambda p: loss(eqx.combine(p, fixed)), learned, memory, rate)
+        return eqx.combine(moved.parameters, fixed), moved.memory, moved.loss
 
     def step(self, problem: ObservationData, state: Distilled) -> tuple[Distilled, Metrics]:
         key, index_key, z_key, score_key, level_key, noise_key = jax.random.split(state.key, 6)

@@ -12,13 +12,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Key, PyTree
 
-from steersman.diffusion.execution import Seen, Window, require_generator, shifted
+from steersman.diffusion.execution import require_generator, shifted
 from steersman.diffusion.processes import Grid
 from steersman.diffusion.samplers import Sampler, sample
 from steersman.diffusion.scaling import Scaling
 from steersman.diffusion.warm_start import warm_grid
 from steersman.errors import InputError, require, require_count, require_number, unknown_name
 from steersman.policies import ChunkPolicy, Policy
+from steersman.policies.windows import Seen
 
 RULES = ("scale", "clip")
 
@@ -176,7 +177,7 @@ class RealTimeIteration(Policy):
 
     def init(self, key: Key[Array, ""]) -> RealTimeCarry:
         del key
-        return RealTimeCarry(Window.of(self.policy).init(), jnp.zeros(self._generator.denoiser.chunk_shape))
+        return RealTimeCarry(self.policy.window().init(), jnp.zeros(self._generator.denoiser.chunk_shape))
 
     def resume(self, carry: RealTimeCarry, observation: PyTree, chunk: Float[Array, "H D"]) -> RealTimeCarry:
         """The memory of a policy that has just played the first row of `chunk` at `observation`.
@@ -194,13 +195,13 @@ class RealTimeIteration(Policy):
         limit = self._generator.sampler.limit
         bounds = {} if limit is None else {"at_least": -limit, "at_most": limit}
         require_number("chunk", chunk, **bounds)
-        return RealTimeCarry(Window.of(self.policy).push(carry.seen, observation), jnp.asarray(chunk))
+        return RealTimeCarry(self.policy.window().push(carry.seen, observation), jnp.asarray(chunk))
 
     def begin(
         self, observation: PyTree, carry: RealTimeCarry, key: Key[Array, ""]
     ) -> tuple[Float[Array, " D"], RealTimeCarry]:
         """An episode's first step: the policy's own chain."""
-        window = Window.of(self.policy)
+        window = self.policy.window()
         seen = window.push(carry.seen, observation)
         return self._play(self._drawn(window.now(seen), key), seen, carry)
 
@@ -214,14 +215,14 @@ class RealTimeIteration(Policy):
         """
         if not isinstance(carry.seen.started, Tracer) and not bool(jnp.all(carry.seen.started)):
             raise InputError("carry has no chunk yet, but refresh goes on from one: call begin first.")
-        window = Window.of(self.policy)
+        window = self.policy.window()
         seen = window.push(carry.seen, observation)
         return self._play(self._swept(window.now(seen), carry.chunk, key), seen, carry)
 
     def __call__(
         self, observation: PyTree, carry: RealTimeCarry, key: Key[Array, ""]
     ) -> tuple[Float[Array, " D"], RealTimeCarry]:
-        window = Window.of(self.policy)
+        window = self.policy.window()
         seen = window.push(carry.seen, observation)
         read = window.now(seen)
         chunk = jax.lax.cond(

@@ -241,15 +241,30 @@ class DDIM(StochasticSampler):
     def transition(
         self, predict: Predict, process: NoiseProcess, x: Float[Array, "H D"], current: Array, following: Array
     ) -> tuple[Float[Array, "H D"], Float[Array, ""]]:
+        return self.transition_with(self.eta, predict, process, x, current, following)
+
+    def transition_with(
+        self,
+        eta: Float[Array, ""] | float,
+        predict: Predict,
+        process: NoiseProcess,
+        x: Float[Array, "H D"],
+        current: Array,
+        following: Array,
+    ) -> tuple[Float[Array, "H D"], Float[Array, ""]]:
+        """:meth:`transition` with another eta, which may be one that is learned."""
         alpha, sigma = process.coefficients(current)
         alpha_next, sigma_next = process.coefficients(following)
         found = predict(x, current)
         noise = (x - alpha * found.sample) / sigma if self.limited_noise else found.noise
         std = jnp.zeros_like(sigma_next)
-        if self.eta > 0.0:
-            std = self.eta * posterior(process, current, following)[2]
-        # Bounds on the standard deviation apply to what is drawn; the mean keeps the schedule's own.
-        return alpha_next * found.sample + jnp.sqrt(jnp.maximum(sigma_next**2 - std**2, 0.0)) * noise, std
+        if not isinstance(eta, float) or eta > 0.0:
+            std = eta * posterior(process, current, following)[2]
+        # Bounds on the standard deviation apply to what is drawn; the mean keeps the schedule's own. The last step has
+        # nothing left, and a root of zero has no derivative.
+        left = sigma_next**2 - std**2
+        kept = jnp.where(left > 0.0, jnp.sqrt(jnp.where(left > 0.0, left, 1.0)), 0.0)
+        return alpha_next * found.sample + kept * noise, std
 
 
 class OneCall(Sampler):

@@ -72,6 +72,18 @@ class Scaling(eqx.Module):
         return normalized * self.scale + self.offset
 
 
+def standard_scaling(observation: PyTree) -> PyTree:
+    """Scalings to mean 0 and variance 1 of an array ``[N, ...]``, or of each entry of a dictionary; traceable.
+
+    What never changes has no scale and is left at zero.
+    """
+    if isinstance(observation, dict):
+        return {name: standard_scaling(part) for name, part in observation.items()}
+    rows = jnp.asarray(observation, jnp.result_type(float))
+    std = jnp.std(rows, axis=0)
+    return Scaling(jnp.mean(rows, axis=0), jnp.where(std > 1e-6, std, 1.0))
+
+
 def normalize_observation(scaling: PyTree, observation: PyTree) -> PyTree:
     """Applies one scaling to an array, or a dictionary of them to the entries of the same names.
 

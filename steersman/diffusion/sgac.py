@@ -14,10 +14,11 @@ from jax.extend.core import Var
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from steersman.diffusion.combination import UnderConditions
-from steersman.diffusion.execution import Seen, Window, require_generator
+from steersman.diffusion.execution import require_generator
 from steersman.diffusion.generator import ChunkGenerator
 from steersman.errors import InputError, require, require_count, require_number, unknown_name
 from steersman.policies import ChunkPolicy, Policy
+from steersman.policies.windows import Seen, Window
 from steersman.training.schedules import Continuous, as_scalar
 
 METRICS = ("cosine", "l1", "l2")
@@ -84,7 +85,7 @@ class SelfGuidedPolicy(Policy):
             require_number("threshold", self.threshold, **bounds)
         if self.guidance_scale is not None:
             require_number("guidance_scale", self.guidance_scale, at_least=0.0)
-            window = Window.of(self.policy)
+            window = self.policy.window()
             if not _looks(generator, window.now(window.init())):
                 warnings.warn("policy's denoiser ignores the observation: self-guidance changes nothing.", stacklevel=3)
 
@@ -95,7 +96,7 @@ class SelfGuidedPolicy(Policy):
 
     @property
     def _window(self) -> Window:
-        return Window.of(self.policy, 0 if self.guidance_scale is None else self.lookback)
+        return self.policy.window(0 if self.guidance_scale is None else self.lookback)
 
     def init(self, key: Key[Array, ""]) -> SelfGuidedCarry:
         del key

@@ -124,7 +124,8 @@ class EpisodeChunks(ChunkData):
 
     A chunk's first row is the action at the *oldest* observation of its window, as diffusion policy has it (Chi et al.,
     2023, arXiv:2303.04137): policies skip ``To - 1`` rows. Before an episode's start its first observation and action
-    are repeated, after its end its last ones.
+    are repeated, after its end its last ones. Images may be bytes ``[S, H, W, C]``, which take a quarter of the memory:
+    batches of them are floats ``[B, To, C, H, W]`` in [0, 1], as encoders take images.
 
     Attributes:
         observation: observations of all episodes, one after the other, leaves ``[S, ...]``.
@@ -210,4 +211,10 @@ class EpisodeChunks(ChunkData):
 
     def batch(self, index: Int[Array, " B"]) -> tuple[PyTree, Float[Array, "B H D"]]:
         window = self.window[index]
-        return jax.tree.map(lambda leaf: leaf[window], self.observation), self.action[self.rows[index]]
+
+        def seen(leaf: Array) -> Array:
+            if leaf.dtype == jnp.uint8 and leaf.ndim == 4:
+                return jnp.moveaxis(leaf[window], -1, -3) / jnp.asarray(255.0, jnp.result_type(float))
+            return leaf[window]
+
+        return jax.tree.map(seen, self.observation), self.action[self.rows[index]]

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import copy
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import pickle
@@ -171,8 +172,8 @@ class GymnasiumProblem:
             env = gymnasium_worker.make_environment(self._maker)
         except gymnasium.error.DependencyNotInstalled as error:
             raise InputError(f"source is {self._shown}, but what it needs is not installed: {error}") from error
-        except TypeError as error:
-            if self.spec is None:
+        except (TypeError, ValueError) as error:
+            if self.spec is None or isinstance(error, InputError):
                 raise
             raise InputError(f"make_options is {self.spec.kwargs!r}, but {self._shown} says: {error}") from error
         if not isinstance(env, gymnasium.Env):
@@ -764,6 +765,34 @@ def _share(rows: range, worker: int, workers: int) -> range:
     return range(rows.start + count * worker // workers, rows.start + count * (worker + 1) // workers)
 
 
+#: Packages whose tasks Gymnasium makes once they are imported: their ids, and what brings them.
+NAMESPACES = {"gym_pusht": (("gym_pusht/PushT-v0",), "pip install 'steersman[robotics]'")}
+
+
+def import_namespace(name: str) -> None:
+    """Imports the package that registers ``"package/Task-v0"``, where Gymnasium does not know that id yet.
+
+    Packages of tasks register them when they are imported, and name the namespace of their ids after themselves. Where
+    there is no such package nothing happens: the id then is an unknown one.
+
+    Raises:
+        InputError: the package cannot be imported, or is a known one that is not installed.
+    """
+    package, _, task = name.partition("/")
+    if not task or not package.isidentifier() or name in gymnasium.registry:
+        return
+    if importlib.util.find_spec(package) is None:
+        if package in NAMESPACES:
+            raise InputError(f"{name} needs the package {package}: install it with {NAMESPACES[package][1]}.")
+        return
+    # pygame, which draws some of these tasks, greets on standard output, which may be holding a document.
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(f"source is {name!r}, but {package} cannot be imported: {error}") from error
+
+
 def _find_spec(name: str) -> EnvSpec:
     module, _, task = name.rpartition(":")
     if module:
@@ -771,6 +800,8 @@ def _find_spec(name: str) -> EnvSpec:
             importlib.import_module(module)
         except ImportError as error:
             raise InputError(f"source is {name!r}, but {module} cannot be imported: {error}") from error
+    else:
+        import_namespace(task)
     try:
         return gymnasium.spec(task)
     except gymnasium.error.UnregisteredEnv:

@@ -29,6 +29,15 @@ from steersman.envs.lot_sizing import LotSizing
 from steersman.envs.planar import DetourReach, DriftingGoal, HiddenTarget, ObstacleGate, TwoWalls
 from steersman.errors import InputError, InputTypeError, unknown_name
 
+
+def _push_t(**options: Any) -> Any:
+    return _make_gymnasium("gym_pusht/PushT-v0", options)
+
+
+def _pick_and_place(**options: Any) -> Any:
+    return _make_gymnasium("steersman/PickAndPlace-v0", options)
+
+
 _FACTORIES: dict[str, Callable[..., Any]] = {
     "cartpole-balance": CartPoleBalance,
     "cartpole-discrete": DiscreteCartPole,
@@ -42,7 +51,9 @@ _FACTORIES: dict[str, Callable[..., Any]] = {
     "lot-sizing": LotSizing,
     "obstacle-gate": ObstacleGate,
     "pendulum-swingup": Pendulum,
+    "pick-and-place": _pick_and_place,
     "planar-quadrotor": PlanarQuadrotor,
+    "push-t": _push_t,
     "two-walls": TwoWalls,
 }
 
@@ -108,7 +119,7 @@ def make(name: str, **options: Any) -> Any:
         return _make_own(own, options)
     if name in _gymnax_ids():
         return _make_gymnax(name, options)
-    if name in gymnasium.registry:
+    if _in_gymnasium(name):
         return _make_gymnasium(name, options)
     raise unknown_name("environment", name, names())
 
@@ -192,13 +203,25 @@ def _make_gymnax(name: str, options: dict[str, Any]) -> Problem:
 
 
 def _gymnasium_ids() -> list[str]:
+    from steersman.envs.gymnasium_bridge import NAMESPACES
+
     # The GymV... entries are adapters that take an environment, not environments.
-    return [name for name in gymnasium.registry if not name.startswith("GymV")]
+    known = [name for name in gymnasium.registry if not name.startswith("GymV")]
+    # Packages are imported when one of their tasks is made.
+    installed = [ids for package, (ids, _) in NAMESPACES.items() if importlib.util.find_spec(package) is not None]
+    return [*known, *(name for ids in installed for name in ids if name not in known)]
+
+
+def _in_gymnasium(name: str) -> bool:
+    from steersman.envs.gymnasium_bridge import import_namespace
+
+    import_namespace(name)
+    return name in gymnasium.registry
 
 
 def _make_gymnasium(name: str, options: dict[str, Any]) -> Any:
     if ":" not in name:
-        if name not in gymnasium.registry:
+        if not _in_gymnasium(name):
             raise unknown_name("Gymnasium environment", name, _gymnasium_ids())
         entry = gymnasium.registry[name].entry_point
         if str(entry).startswith("gymnasium.envs.mujoco") and importlib.util.find_spec("mujoco") is None:

@@ -400,6 +400,9 @@ def episode_scenes(
             *_strip_scenes(environment, observations, actions, rewards, shown)
         ]
     drawn = [scene for scene in scenes if scene is not None]
+    planar = _planar(environment) if draw is not None and states is not None else None
+    if planar is not None:
+        drawn = planar.with_way(environment, drawn, states, shown)
     views = np.asarray([scene.view for scene in drawn])
     low, high = views.min(axis=0), views.max(axis=0)
     view = (float(low[0]), float(high[1]), float(low[2]), float(high[3]))
@@ -411,7 +414,8 @@ def episode_scenes(
         time = f"step {t}" if sample_time is None else f"{t * sample_time:.2f} s"
         so_far = " ".join(f"{value:.4g}" for value in returns[t][:4])
         captioned.append(dataclasses.replace(scene, view=view, captions=(time, f"return {so_far}")))
-    pace = 1.0 / 30.0 if sample_time is None else sample_time
+    unknown = 1.0 / 30.0 if planar is None else planar.seconds_shown(environment)
+    pace = unknown if sample_time is None else sample_time
     return captioned, 1.0 / min(0.25, max(0.03, pace * stride))
 
 
@@ -452,7 +456,16 @@ def _scene_function(environment: Any) -> SceneFunction | None:
         for kind, function in _CONTROL_SCENES.items():
             if isinstance(environment.problem, kind):
                 return lambda state, problem, action: function(state, problem, action)
-    return None
+    planar = _planar(environment)
+    return None if planar is None else planar.planar_scene(environment)
+
+
+def _planar(environment: Any) -> Any:
+    """The module that draws the planar tasks, where this is one of them. It needs the shapes of this one."""
+    from steersman.envs import planar_scenes
+
+    named = str(getattr(environment, "name", "")) in _SCENES
+    return planar_scenes if planar_scenes.is_planar(environment) and not named else None
 
 
 # The pictures of known environments.

@@ -1,5 +1,6 @@
 """Neural building blocks that Equinox lacks."""
 
+from steersman.networks.crops import CroppedEncoder, KeyedEncoder
 from steersman.networks.denoiser_mlp import MLPDenoiser
 from steersman.networks.denoiser_transformer import TransformerDenoiser
 from steersman.networks.encoders import ConvEncoder, PointNet, ResNet18, WindowEncoder, spatial_softmax
@@ -11,6 +12,8 @@ __all__ = [
     "ACTIVATIONS",
     "MLP",
     "ConvEncoder",
+    "CroppedEncoder",
+    "KeyedEncoder",
     "MLPDenoiser",
     "OctaveTime",
     "PointNet",

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Key, PyTree
 
 from steersman.errors import InputError, InputTypeError, require, require_count, unknown_name
+from steersman.networks.crops import KeyedEncoder, encode
 from steersman.networks.linear import Draw, Linear, draw_parameters
 
 
@@ -313,7 +314,7 @@ def spatial_softmax(features: Float[Array, "K height width"]) -> Float[Array, "K
 class ResNet18(eqx.Module):
     """An 18-layer residual network with keypoints at its end: the image encoder of diffusion policies.
 
-    Crop, convolution of stride 2, pooling of stride 2, four stages of two blocks, then ``keypoints`` maps by a
+    Convolution of stride 2, pooling of stride 2, four stages of two blocks, then ``keypoints`` maps by a
     convolution of kernel one, their :func:`spatial_softmax`, a linear layer and ReLU: ``[2 keypoints]``. The layout is
     that of LeRobot's ``DiffusionRgbEncoder``.
 
@@ -323,8 +324,7 @@ class ResNet18(eqx.Module):
         blocks: eight of them.
         maps: weights of the keypoint maps ``[keypoints, channels]`` with biases.
         output: on the keypoints' coordinates.
-        image_shape: ``(channels, height, width)`` before the crop.
-        crop: height and width of the middle part that is looked at, or None.
+        image_shape: ``(channels, height, width)``.
     """
 
     stem: ImageConvolution
@@ -333,13 +333,11 @@ class ResNet18(eqx.Module):
     maps: Linear
     output: Linear
     image_shape: tuple[int, int, int] = eqx.field(static=True)
-    crop: tuple[int, int] | None = eqx.field(static=True)
 
     def __init__(
         self,
         image_shape: tuple[int, int, int],
         *,
-        crop: tuple[int, int] | None = None,
         keypoints: int = 32,
         normalization: str = "group",
         width: int = 64,
@@ -349,7 +347,6 @@ class ResNet18(eqx.Module):
 
         Args:
             image_shape: ``(channels, height, width)``.
-            crop: height and width of the middle part; augment by random crops before, to images of that size.
             keypoints: number of maps.
             normalization: ``"group"`` (16 channels a group), or ``"batch"`` with fixed statistics, for weights that
                 were trained with them.
@@ -357,14 +354,11 @@ class ResNet18(eqx.Module):
             key: randomness of the initialization.
 
         Raises:
-            InputError: a size is not usable, or a crop larger than the image.
+            InputError: a size is not usable.
         """
         require(len(image_shape) == 3, "image_shape", image_shape, "(channels, height, width)")
         for size in image_shape:
             require_count("image_shape", size)
-        if crop is not None:
-            good = len(crop) == 2 and 0 < crop[0] <= image_shape[1] and 0 < crop[1] <= image_shape[2]
-            require(good, "crop", crop, f"(height, width) within the image's {tuple(image_shape[1:])}")
         require_count("keypoints", keypoints)
         require_count("width", width)
         if normalization not in ("group", "batch"):
@@ -384,27 +378,18 @@ class ResNet18(eqx.Module):
         self.stem, self.blocks, self.maps, self.output = draw_parameters(build, key)
         self.stem_norm = _norm(normalization, width)
         self.image_shape = (image_shape[0], image_shape[1], image_shape[2])
-        self.crop = None if crop is None else (crop[0], crop[1])
 
     def __call__(self, image: Array) -> Float[Array, " out"]:
         """The keypoint features of one image.
 
         Args:
-            image: of :attr:`image_shape`, or cropped already; values as in training.
+            image: of :attr:`image_shape`; values as in training.
 
         Raises:
             InputError: an image of another shape, or with its channels last.
             InputTypeError: an image of bytes.
         """
-        channels, *sides = self.image_shape
-        if self.crop is None or image.shape[1:] != self.crop:
-            _check_image(image, channels, (sides[0], sides[1]))
-        else:
-            _check_image(image, channels)
-        if self.crop is not None:
-            # Halves are rounded to even, as torchvision's CenterCrop does.
-            top, left = (round((have - want) / 2.0) for have, want in zip(image.shape[1:], self.crop, strict=True))
-            image = image[:, top : top + self.crop[0], left : left + self.crop[1]]
+        _check_image(image, self.image_shape[0], self.image_shape[1:])
         hidden = jax.nn.relu(self.stem_norm(self.stem(image)))
         hidden = jax.lax.reduce_window(hidden, -jnp.inf, jax.lax.max, (1, 3, 3), (1, 2, 2), ((0, 0), (1, 1), (1, 1)))
         for block in self.blocks:
@@ -413,7 +398,7 @@ class ResNet18(eqx.Module):
         return jax.nn.relu(self.output(spatial_softmax(maps).ravel()))
 
 
-class WindowEncoder(eqx.Module):
+class WindowEncoder(KeyedEncoder):
     """Encodes each frame of an observation window and puts the results one after the other: ``[C]``.
 
     Within a frame the entries follow each other in the order in which they were given. One encoder under two names is
@@ -447,11 +432,12 @@ class WindowEncoder(eqx.Module):
             places.append(-1 if encoder is None else next(i for i, e in enumerate(self.encoders) if e is encoder))
         self.places = tuple(places)
 
-    def __call__(self, observation: PyTree) -> Float[Array, " C"]:
+    def __call__(self, observation: PyTree, key: Key[Array, ""] | None = None) -> Float[Array, " C"]:
         """The condition.
 
         Args:
             observation: arrays with a leading axis of ``To`` frames.
+            key: randomness of encoders that draw while they learn, another for each frame; None when acting.
 
         Raises:
             InputError: an entry is missing, or the entries have unequal numbers of frames.
@@ -469,10 +455,12 @@ class WindowEncoder(eqx.Module):
         frames = [jnp.shape(entry)[:1] for entry in entries]
         require(all(f and f == frames[0] for f in frames), "observation", frames, "arrays with equally many frames")
         parts = []
-        for place, entry in zip(self.places, entries, strict=True):
+        for number, (place, entry) in enumerate(zip(self.places, entries, strict=True)):
             if place < 0:
                 flat = jnp.asarray(entry, jnp.result_type(float))
                 parts.append(flat.reshape(flat.shape[0], math.prod(flat.shape[1:])))
             else:
-                parts.append(jax.vmap(self.encoders[place])(entry))
+                encoder = self.encoders[place]
+                keys = None if key is None else jax.random.split(jax.random.fold_in(key, number), frames[0][0])
+                parts.append(jax.vmap(lambda frame, key, encoder=encoder: encode(encoder, frame, key))(entry, keys))
         return jnp.concatenate(parts, axis=1).ravel()

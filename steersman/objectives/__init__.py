@@ -21,7 +21,7 @@ from steersman.objectives.surrogates import (
     spo,
     unclipped,
 )
-from steersman.objectives.values import clipped_value_error, huber, squared_error
+from steersman.objectives.values import clipped_value_error, expectile_error, huber, squared_error
 
 __all__ = [
     "Surrogate",
@@ -35,6 +35,7 @@ __all__ = [
     "decoupled_clipped",
     "dual_clipped",
     "entropy",
+    "expectile_error",
     "explained_variance",
     "huber",
     "k1_kl",

@@ -8,6 +8,7 @@ from typing import Any
 from array_api_compat import array_namespace
 from jaxtyping import Float
 
+from steersman.errors import require
 from steersman.objectives.arguments import as_parameter, require_same_shape
 
 Array = Float[Any, "..."]
@@ -45,6 +46,29 @@ def huber(value: Array, target: Array, delta: Array | float = 1.0) -> Array:
     within = xp.where(size > delta, delta, size)
     # Equal to both cases: the square of the part within delta, and the rest at slope delta.
     return 0.5 * within**2 + xp.where(size > delta, delta, 0.0) * (size - within)
+
+
+def expectile_error(value: Array, target: Array, expectile: Array | float) -> Array:
+    """``|expectile - 1(target < value)| (target - value)^2``, whose mean is least at that expectile of the targets.
+
+    At one half it is half the squared error, and towards one its minimum tends to the largest target: implicit
+    Q-learning's way to a maximum over actions that the data has (Kostrikov, Nair and Levine, 2022, arXiv:2110.06169,
+    equation 5).
+
+    Args:
+        value: what the critic says.
+        target: what it should say, of the same shape.
+        expectile: in (0, 1).
+
+    Raises:
+        InputError: the shapes differ, or an `expectile` that is a number is not in (0, 1).
+    """
+    require_same_shape("target", target, "value", value)
+    expectile = as_parameter("expectile", expectile, "value", value)
+    require(not isinstance(expectile, float) or expectile < 1.0, "expectile", expectile, "above 0 and below 1")
+    xp = array_namespace(value)
+    error = target - value
+    return xp.where(error < 0, 1.0 - expectile, expectile) * error**2
 
 
 def clipped_value_error(

@@ -16,6 +16,7 @@ from steersman.policies.policy import Mode, Policy, Record, StochasticPolicy, Wr
 from steersman.policies.preprocessing import Features, Preprocess, Standardize
 from steersman.policies.storage import PolicyFileError, check_policy, load_policy, policy_fits, save_policy
 from steersman.policies.tabular import Tabular, TabularStochastic
+from steersman.policies.windows import Window
 from steersman.policies.wrappers import ActionFilter, ClipToBox, ObservationFilter, ObservationNoise
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Tabular",
     "TabularStochastic",
     "TanhGaussian",
+    "Window",
     "Wrapper",
     "check_policy",
     "head_for",

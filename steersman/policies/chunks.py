@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, Key, PyTree
 from steersman.envs.spaces import as_gymnasium_space
 from steersman.errors import InputError, require_count
 from steersman.policies.policy import Policy, zero_element
+from steersman.policies.windows import Seen, Window
 
 
 class ChunkCarry(eqx.Module):
@@ -22,14 +23,12 @@ class ChunkCarry(eqx.Module):
     Attributes:
         queue: the rows being played out ``[action_horizon, ...]``.
         played: how many of them have been; ``action_horizon`` where the next call must plan.
-        history: the last observations, oldest first ``[observation_horizon, ...]``; empty without a history.
-        started: whether an observation of this episode has been seen.
+        seen: the window of observations.
     """
 
     queue: PyTree
     played: Int[Array, ""]
-    history: PyTree
-    started: Array
+    seen: Seen
 
 
 def _is_observation(given: Any) -> bool:
@@ -102,42 +101,29 @@ class ChunkPolicy(Policy):
                     f"only {rows} rows."
                 )
 
+    def window(self, lookback: int = 0) -> Window:
+        """What the generator reads, and what it read `lookback` steps ago."""
+        return Window(self.blank, self.observation_horizon, lookback)
+
     def _chunk_shapes(self) -> PyTree:
-        return jax.eval_shape(lambda seen, key: self.generator(seen, key), self._blank_input(), jax.random.key(0))
-
-    def _blank_history(self) -> PyTree:
-        if self.observation_horizon is None:
-            return ()
-        length = self.observation_horizon
-        return jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), self.blank)
-
-    def _blank_input(self) -> PyTree:
-        return self.blank if self.observation_horizon is None else self._blank_history()
+        window = self.window()
+        read = window.now(window.init())
+        return jax.eval_shape(lambda seen, key: self.generator(seen, key), read, jax.random.key(0))
 
     def init(self, key: Key[Array, ""]) -> ChunkCarry:
         del key
         rows = self.action_horizon
         queue = jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), self._chunk_shapes())
-        return ChunkCarry(queue, jnp.asarray(rows, jnp.int32), self._blank_history(), jnp.asarray(False))
-
-    def _remember(self, observation: PyTree, carry: ChunkCarry) -> PyTree:
-        if self.observation_horizon is None:
-            return ()
-
-        def shift(history: Array, newest: Any) -> Array:
-            newest = jnp.asarray(newest, history.dtype)
-            following = jnp.concatenate([history[1:], newest[None]])
-            return jnp.where(carry.started, following, jnp.broadcast_to(newest, history.shape))
-
-        return jax.tree.map(shift, carry.history, observation)
+        return ChunkCarry(queue, jnp.asarray(rows, jnp.int32), self.window().init())
 
     def __call__(self, observation: PyTree, carry: ChunkCarry, key: Key[Array, ""]) -> tuple[PyTree, ChunkCarry]:
-        history = self._remember(observation, carry)
-        seen = observation if self.observation_horizon is None else history
+        window = self.window()
+        seen = window.push(carry.seen, observation)
+        read = window.now(seen)
         rows = slice(self.first_row, self.first_row + self.action_horizon)
 
         def plan() -> tuple[PyTree, Array]:
-            chunk = self.generator(seen, key)
+            chunk = self.generator(read, key)
             queue = jax.tree.map(lambda new, old: new[rows].astype(old.dtype), chunk, carry.queue)
             return queue, jnp.zeros_like(carry.played)
 
@@ -146,7 +132,7 @@ class ChunkPolicy(Policy):
 
         queue, played = jax.lax.cond(carry.played >= self.action_horizon, plan, keep)
         action = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, played, keepdims=False), queue)
-        return action, ChunkCarry(queue, played + 1, history, jnp.ones_like(carry.started))
+        return action, ChunkCarry(queue, played + 1, seen)
 
     def mode(self) -> Policy:
         """With the generator's own ``mode()`` inside, where it has one."""

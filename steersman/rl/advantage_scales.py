@@ -6,9 +6,10 @@ import abc
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from steersman.errors import require_number
+from steersman.errors import InputError, InputTypeError, require_number
 from steersman.training.normalization import RunningMoments
 from steersman.training.schedules import Continuous, scalar
 
@@ -47,3 +48,35 @@ class AdvantageMoments(AdvantageScale):
     ) -> tuple[Float[Array, "T N"], RunningMoments]:
         state = state.update(advantage, self.decay)
         return (advantage - state.mean) / (jnp.sqrt(state.variance) + 1e-8), state
+
+
+class ClippedAdvantages(AdvantageScale):
+    """Another scale's advantages, within quantiles of the batch: single returns far from all others pull less.
+
+    An option of DPPO's code (Ren et al., 2024, arXiv:2409.00588).
+
+    Attributes:
+        low: quantile that bounds from below, at least 0.
+        high: quantile that bounds from above, at most 1.
+        scale: what comes before.
+    """
+
+    low: Continuous = scalar(0.05)
+    high: Continuous = scalar(0.95)
+    scale: AdvantageScale = eqx.field(default_factory=AdvantageMoments)
+
+    def __check_init__(self) -> None:
+        require_number("low", self.low, at_least=0.0, at_most=1.0)
+        require_number("high", self.high, at_least=0.0, at_most=1.0)
+        if not isinstance(self.low, Tracer) and not isinstance(self.high, Tracer) and not self.low < self.high:
+            raise InputError(f"low is {self.low}, but it must be below high, {self.high}.")
+        if not isinstance(self.scale, AdvantageScale):
+            raise InputTypeError(f"scale is {self.scale!r}, but it must be an AdvantageScale.")
+
+    def init(self) -> PyTree:
+        return self.scale.init()
+
+    def __call__(self, state: PyTree, advantage: Float[Array, "T N"]) -> tuple[Float[Array, "T N"], PyTree]:
+        scaled, state = self.scale(state, advantage)
+        low, high = jnp.quantile(scaled, jnp.stack([jnp.asarray(self.low), jnp.asarray(self.high)]))
+        return jnp.clip(scaled, low, high), state

@@ -29,7 +29,7 @@ from jaxtyping import Array, Key
 from steersman.diffusion.cloning import MLPRecipe
 from steersman.diffusion.denoising_chain import DenoisingChains
 from steersman.diffusion.flow_policy import FlowArchitecture
-from steersman.diffusion.fpo import FPO, PerTerm
+from steersman.diffusion.fpo import FPO, LimitedRatio
 from steersman.diffusion.generator import ChunkGenerator
 from steersman.diffusion.processes import RectifiedFlow
 from steersman.diffusion.samplers import DDIM
@@ -139,7 +139,7 @@ def _hidden_target(study: Study, shared: dict[str, Any], seeds: list[int], itera
             PPO(surrogate=Clip(0.1), **shared), seeds, {"clip": clips, "log_std": np.log(deviations)}
         ),
         "denoising MDP": (
-            PPO(architecture=chain, surrogate=PerTerm(Clip(0.05)), **shared), few, {"noise": np.asarray(_NOISES)}
+            PPO(architecture=chain, surrogate=LimitedRatio(Clip(0.05)), **shared), few, {"noise": np.asarray(_NOISES)}
         ),
     }  # fmt: skip
     if smoke:

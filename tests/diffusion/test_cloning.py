@@ -1,12 +1,16 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from steersman.diffusion import DDIM, DDPM, Cloning, DiscreteVP, FlowSolver, MLPRecipe, RectifiedFlow, Scaling
+from steersman.diffusion.mcdp import ImageRecipe
 from steersman.envs.chunk_data import ChunkPairs, EpisodeChunks
 from steersman.errors import InputError, InputTypeError
 from steersman.training import WarmupCosine, train
+
+TENTHS = Scaling(jnp.zeros(()), jnp.asarray(10.0))
 
 
 def two_modes(count=4000, seed=0):
@@ -69,6 +73,37 @@ def test_a_windowed_policy_plays_the_row_that_belongs_to_now():
     np.testing.assert_allclose([first[0], second[0]], [0.99, 1.0], atol=0.1)
 
 
+def test_crops_move_while_an_encoder_learns_and_rest_when_it_acts():
+    """The encoder gets a key in the loss alone: the loss knows every part of the image, the policy only the middle."""
+    recipe = MLPRecipe(DiscreteVP.squared_cosine(10), hidden=(8,), encoder=ImageRecipe((2,), 3, crop=(4, 4)))
+    generator = np.random.default_rng(0)
+    data = ChunkPairs(
+        jnp.asarray(generator.uniform(size=(16, 1, 6, 6)), jnp.float32), jnp.asarray(generator.normal(size=(16, 1, 1)))
+    )
+    algorithm = Cloning(recipe, DDIM(5), batch_size=8)
+    start = algorithm.init(data, jax.random.key(0))
+    state, _ = eqx.filter_jit(algorithm.step)(data, start)
+
+    @jax.jit
+    def sensitivity(denoiser, images, key):
+        """Where the image matters: to the loss of a batch, and to what is played."""
+
+        def loss(images):
+            return algorithm.loss(denoiser, images, data.chunk, key)
+
+        def played(images):
+            return jnp.sum(jax.vmap(lambda image: denoiser.encode(image) ** 2)(images))
+
+        return [jnp.abs(jax.grad(f)(images))[:, 0].sum(axis=0) > 0.0 for f in (loss, played)]
+
+    learning, acting = sensitivity(state.denoiser, data.observation, jax.random.key(1))
+    middle = np.zeros((6, 6), bool)
+    middle[1:5, 1:5] = True
+    assert not np.any(np.asarray(acting) & ~middle)
+    assert np.asarray(acting).any()
+    assert np.asarray(learning)[~middle].any()
+
+
 def test_bad_data_is_told():
     good = np.zeros((3, 1)), np.zeros((3, 1))
     with pytest.raises(InputError, match="episodes is"):
@@ -93,4 +128,6 @@ def test_bad_data_is_told():
     with pytest.raises(InputError, match="action_horizon is 4"):
         train(Cloning(action_horizon=4), data, iterations=1)
     with pytest.raises(InputError, match="steps is 200, but the schedule has only 100"):
-        train(Cloning(sampler=DDPM(200)), two_modes(8), iterations=1).policy()
+        train(Cloning(sampler=DDPM(200), action_scaling=TENTHS), two_modes(8), iterations=1).policy()
+    with pytest.raises(InputError, match=r"problem has actions of which \d+% lie beyond the sampler's limit 1\.0"):
+        Cloning().init(two_modes(8), jax.random.key(0))

@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 
 from steersman.diffusion import (
     DiscreteVP,
-    Mixture,
-    MixtureDenoiser,
     RectifiedFlow,
 )
 from steersman.diffusion.combination import Combined, UnderConditions
@@ -18,36 +16,9 @@ from steersman.errors import InputError
 PROCESS = DiscreteVP.squared_cosine(50)
 
 
-def gaussian(std, process=PROCESS, shape=(1, 1)):
-    """The exact denoiser of N(observation, std^2)."""
-    size = shape[0] * shape[1]
-
-    def mixture(mean):
-        return Mixture(jnp.zeros(1), jnp.full((1, size), mean), jnp.full((1, size), std**2))
-
-    return MixtureDenoiser(mixture, process, shape)
-
-
-def affine_recursion(means, stds, weights, eta):
-    """Mean and deviation of the composed chain, in float64, straight from the definitions."""
-    f = [np.cos((k / 50 + 0.008) / 1.008 * np.pi / 2) ** 2 for k in range(51)]
-    signal = np.cumprod([1 - min(1 - f[k + 1] / f[k], 0.999) for k in range(50)])
-    m, v = 0.0, 1.0
-    for k in reversed(range(50)):
-        here, before = signal[k], signal[k - 1] if k else 1.0
-        slopes = [np.sqrt(1 - here) / (here * s**2 + 1 - here) for s in stds]
-        slope = np.dot(weights, slopes)
-        offset = -np.sqrt(here) * np.dot(weights, np.multiply(slopes, means))
-        s2 = eta**2 * (1 - before) / (1 - here) * (1 - here / before)
-        of_x = np.sqrt(before / here) * (1 - slope * np.sqrt(1 - here)) + np.sqrt(1 - before - s2) * slope
-        m = of_x * m + offset * (np.sqrt(1 - before - s2) - np.sqrt(before / here) * np.sqrt(1 - here))
-        v = of_x**2 * v + s2
-    return m, np.sqrt(v)
-
-
 @settings(max_examples=10, deadline=None)
 @given(w=st.floats(0, 1), eta=st.sampled_from([0.0, 1.0]))
-def test_equal_gaussians_compose_to_the_gaussian_between(w, eta):
+def test_equal_gaussians_compose_to_the_gaussian_between(w, eta, gaussian, affine_recursion):
     """Noise predictions of equal slope: the composition's is that of N(sum w m, s^2), whatever the sampler."""
     m, s = affine_recursion((0.5, -0.3), (0.2, 0.2), (w, 1 - w), eta)
     truth = affine_recursion((w * 0.5 - (1 - w) * 0.3,), (0.2,), (1.0,), eta)
@@ -61,7 +32,7 @@ def test_equal_gaussians_compose_to_the_gaussian_between(w, eta):
     np.testing.assert_allclose([found.noise, found.sample], [want.noise, want.sample], atol=2e-5)
 
 
-def test_shorter_chunks_fill_the_first_rows():
+def test_shorter_chunks_fill_the_first_rows(gaussian):
     long, short = gaussian(0.2, shape=(3, 1)), gaussian(0.2, shape=(2, 1))
     conditions = (jnp.asarray(1.0), jnp.asarray(-1.0))
     x, level = jnp.zeros((3, 1)), jnp.asarray(20)
@@ -75,7 +46,7 @@ def test_shorter_chunks_fill_the_first_rows():
     np.testing.assert_allclose(noise([0.0, 1.0]), [-alone, -alone, alone], rtol=1e-6)
 
 
-def test_conditions_in_one_batch_are_the_combination_one_by_one():
+def test_conditions_in_one_batch_are_the_combination_one_by_one(gaussian):
     """Guidance weights: 3 e(x, c) - 2 e(x, c0)."""
     denoiser = gaussian(0.2)
     batched, single = UnderConditions(denoiser, [3.0, -2.0]), Combined((denoiser, denoiser), [3.0, -2.0])
@@ -91,20 +62,20 @@ def test_conditions_in_one_batch_are_the_combination_one_by_one():
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: Combined((), [1.0]), InputError, "denoisers"),
+        (lambda gaussian: Combined((), [1.0]), InputError, "denoisers"),
         (
-            lambda: Combined((gaussian(0.2), gaussian(0.2, RectifiedFlow())), [0.5, 0.5]),
+            lambda gaussian: Combined((gaussian(0.2), gaussian(0.2, RectifiedFlow())), [0.5, 0.5]),
             InputError,
             "different processes",
         ),
-        (lambda: UnderConditions(gaussian(0.2), [1.0, 0.5]), InputError, "sum to 1"),
+        (lambda gaussian: UnderConditions(gaussian(0.2), [1.0, 0.5]), InputError, "sum to 1"),
         (
-            lambda: UnderConditions(gaussian(0.2), [2.0, -1.0]).encode(jnp.zeros(3)),
+            lambda gaussian: UnderConditions(gaussian(0.2), [2.0, -1.0]).encode(jnp.zeros(3)),
             InputError,
             "leading axis of 2",
         ),
     ],
 )
-def test_bad_input_is_told(call, error, text):
+def test_bad_input_is_told(call, error, text, gaussian):
     with pytest.raises(error, match=text):
-        call()
+        call(gaussian)

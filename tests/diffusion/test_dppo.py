@@ -28,15 +28,18 @@ from steersman.diffusion.dppo import DPPO, DenoisingClip, DenoisingDiscount
 from steersman.diffusion.samplers import StochasticSampler
 from steersman.diffusion.scaling import Scaling
 from steersman.envs import ChunkedEnvironment, ObstacleGate, Problem
-from steersman.errors import InputError, InputTypeError
+from steersman.errors import InputError, InputTypeError, NonFiniteError
 from steersman.networks import MLPDenoiser
 from steersman.policies import Architecture
 from steersman.policies.preprocessing import Features
 from steersman.policies.storage import load_policy, save_policy
+from steersman.rl.advantage_scales import ClippedAdvantages
 from steersman.rl.fix_up import FixUp
+from steersman.rl.imitation import Imitation
 from steersman.rl.on_policy.actor_critic import samples
 from steersman.rl.references import MovingAverageReference
 from steersman.rl.surrogates import LearnedKL, QuadraticRatio, Score, SurrogateInputs, Unclipped
+from steersman.training import train
 
 SMALL = {"num_envs": 8, "num_steps": 3, "hidden": (8,), "activation": "tanh", "epochs": 1, "minibatches": 2}
 
@@ -328,6 +331,104 @@ def test_clip_widths_grow_and_discounts_weigh_the_last_step_most():
     np.testing.assert_allclose(falling[0], [-0.25, -0.5, -1.0])
 
 
+def test_a_learned_eta_has_the_gradient_of_its_gaussians():
+    """Densities and entropy against DDIM written out at eta = low + (high - low) sigmoid(x), and their differences."""
+    generator = gate_generator(sampler=DDIM(eta=0.5, limit=None))
+    slots = {"eta_bounds": (0.1, 1.0), "exploration_std": 1e-3, "likelihood_std": 1e-3, "log_prob_bounds": None}
+    policy, seen = chain_policy(generator, **slots), jnp.asarray([0.3, -0.2])
+    assert float(policy.eta) == pytest.approx(0.5)
+    plain = chain_policy(generator, **{**slots, "eta_bounds": None})
+    signal = np.asarray(DiscreteVP.squared_cosine(4).signal, np.float64)
+
+    @jax.jit
+    def ours(free, states):
+        def both(free):
+            tried = eqx.tree_at(lambda p: p.free, policy, free)
+            parameters = tried.parameters_for(Features(seen, None, seen), (), states)
+            return tried.head.log_prob(parameters, states), tried.head.entropy(parameters)
+
+        return both(free), jax.jacrev(both)(free)
+
+    states, same = jax.jit(lambda key: (policy.draw(seen, key)[0], plain.draw(seen, key)[0]))(jax.random.key(0))
+    np.testing.assert_allclose(states, same, atol=1e-5)
+    noises = [
+        np.asarray(generator.denoiser.predict(states[3 - k], jnp.asarray(k), generator.encode(seen)).noise, np.float64)
+        for k in range(4)
+    ]
+
+    def by_hand(x):
+        eta = 0.1 + 0.9 / (1.0 + np.exp(-x))
+        found = []
+        for k in reversed(range(4)):
+            here, before = signal[k + 1], signal[k]
+            state, following = (np.asarray(states[i], np.float64) for i in (3 - k, 4 - k))
+            clean = (state - np.sqrt(1 - here) * noises[k]) / np.sqrt(here)
+            own = eta * np.sqrt((1 - before) / (1 - here) * (1 - here / before))
+            mean = np.sqrt(before) * clean + np.sqrt(max(1 - before - own**2, 0.0)) * noises[k]
+            std = max(own, 1e-3)
+            played = stats.norm(mean, std).logpdf(following)[:2]
+            found.append((played.mean(), stats.norm(0.0, std).entropy()))
+        return np.asarray(found).T
+
+    start = float(policy.free[0])
+    values, slopes = ours(policy.free, states)
+    # The last step has no noise of its own, and a floor of 1e-3 is too little for float32 to know its density.
+    np.testing.assert_allclose(np.stack(values)[:, :3], by_hand(start)[:, :3], rtol=2e-3)
+    steps = (by_hand(start + 1e-4) - by_hand(start - 1e-4)) / 2e-4
+    np.testing.assert_allclose(np.stack(slopes)[:, :3, 0], steps[:, :3], rtol=2e-2, atol=2e-3)
+    np.testing.assert_array_equal(np.stack(slopes)[:, 3, 0], 0.0)
+
+
+def test_the_authors_options_fit_together(batch):
+    """Eta, the pull towards the original policy's chains, and clipped advantages in one update."""
+    generator = gate_generator(sampler=DDIM(eta=0.5))
+    algorithm = DPPO(
+        architecture=DenoisingChains(generator, eta_bounds=(0.1, 1.0), exploration_std=0.01, likelihood_std=0.01),
+        imitation=Imitation(0.5),
+        normalize_advantages=ClippedAdvantages(0.1, 0.9),
+        entropy_coefficient=0.1,
+        **SMALL,
+    )
+
+    @eqx.filter_jit
+    def run():
+        state, experience = collected(algorithm, problem())
+        estimate, scaler = algorithm.estimate(state, experience)
+        rows, _, _ = algorithm.prepare(state, state.method, experience, estimate, scaler)
+        rows = rows._replace(advantage=jnp.zeros_like(rows.advantage))
+
+        def loss(free):
+            return algorithm.loss(state.learned._replace(free=free), state, rows, ())[0]
+
+        slope = jax.grad(loss)(state.actor.free)
+        after, metrics = algorithm.update(state, experience)
+        own = state.actor.head.log_prob(state.actor.parameters_for(rows.features, (), rows.imitated), rows.imitated)
+        return state, rows, slope, after, metrics, own, algorithm.loss(state.learned, state, rows, ())[1][1]
+
+    state, rows, slope, after, metrics, own, before = run()
+    assert rows.imitated.shape == rows.action.shape
+    assert float(jnp.max(jnp.abs(rows.imitated - rows.action))) > 0.01
+    assert float(before["imitation_loss"]) == pytest.approx(-float(jnp.mean(own)), rel=1e-5)
+    assert np.isfinite(slope).all()
+    assert float(slope[0]) != 0.0
+    assert float(after.actor.free[0]) != float(state.actor.free[0])
+    assert all(np.all(np.isfinite(value)) for value in metrics.values())
+
+
+class Spoiled(ObstacleGate):
+    """Gives no numbers from the second step on."""
+
+    def step_env(self, key, state, action, params):
+        observation, state, reward, terminated, info = super().step_env(key, state, action, params)
+        return jax.tree.map(lambda leaf: leaf * jnp.nan, observation), state, reward, terminated, info
+
+
+def test_observations_that_are_not_numbers_stop_the_run():
+    algorithm = DPPO(architecture=DenoisingChains(gate_generator(levels=1)), **SMALL)
+    with pytest.raises(NonFiniteError, match=r"returned \d+ NaN or infinite observations in iteration 1"):
+        train(algorithm, Problem(ChunkedEnvironment(Spoiled(), 2)), iterations=1)
+
+
 def test_a_chain_policy_is_saved_and_loaded(tmp_path):
     policy = chain_policy(gate_generator(), steps=2)
     loaded = load_policy(save_policy(policy, tmp_path / "policy"))
@@ -354,13 +455,19 @@ def mixture_generator():
         ({"likelihood_std": -1.0}, InputError, "likelihood_std is -1"),
         ({"noise_limit": 0.0}, InputError, "noise_limit is 0"),
         ({"log_prob_bounds": (1.0, 0.0)}, InputError, "log_prob_bounds is"),
+        ({"eta_bounds": (0.1, 1.0)}, InputTypeError, r"generator\.sampler is a DDPM, but only DDIM has an eta"),
+        ({"generator": "steady", "eta_bounds": (0.1, 1.0)}, InputError, r"eta_bounds is \(0\.1, 1\.0\)"),
         ({"generator": 3}, InputTypeError, "generator is a int"),
         ({"generator": "flow"}, InputTypeError, "generator.sampler is a DPMSolver"),
         ({"generator": "exact"}, InputTypeError, "generator.denoiser is a MixtureDenoiser"),
     ],
 )
 def test_chains_that_cannot_be_are_refused(slots, error, message):
-    named = {"flow": lambda: gate_generator(sampler=DPMSolver(4)), "exact": mixture_generator}
+    named = {
+        "flow": lambda: gate_generator(sampler=DPMSolver(4)),
+        "steady": lambda: gate_generator(sampler=DDIM(eta=0.0)),
+        "exact": mixture_generator,
+    }
     slots = {"generator": "usual", **slots}
     make = named.get(slots["generator"], gate_generator) if isinstance(slots["generator"], str) else None
     if make is None:

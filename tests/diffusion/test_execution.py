@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steersman.diffusion.execution import BidirectionalDecoding, TemporalEnsemble, Window, require_chunk_policy, shifted
+from steersman.diffusion.execution import BidirectionalDecoding, TemporalEnsemble, require_chunk_policy, shifted
 from steersman.errors import InputError, InputTypeError
 from steersman.policies import ChunkPolicy, LinearFeedback
 
@@ -67,16 +67,7 @@ def test_contrast_turns_away_from_the_weak_policy():
     np.testing.assert_array_equal(actions, -1.0)
 
 
-def test_windows():
-    window = Window(jnp.zeros(1), 2, 1)
-    seen = window.push(window.init(), jnp.asarray([1.0]))
-    np.testing.assert_array_equal(window.past(seen), [[1.0], [1.0]])
-    for value in (2.0, 3.0):
-        seen = window.push(seen, jnp.asarray([value]))
-    np.testing.assert_array_equal(window.now(seen), [[2.0], [3.0]])
-    np.testing.assert_array_equal(window.past(seen), [[1.0], [2.0]])
-    plain = Window(jnp.zeros(1), None)
-    np.testing.assert_array_equal(plain.now(plain.push(plain.init(), jnp.asarray([4.0]))), [4.0])
+def test_a_plan_one_step_later():
     np.testing.assert_array_equal(shifted(ROWS), ROWS[jnp.asarray([1, 2, 2])])
 
 
@@ -93,7 +84,6 @@ def test_windows():
             InputTypeError,
             "policy's chunks are arrays of shapes",
         ),
-        (lambda: Window(jnp.zeros(1), None, -1), InputError, "lookback is -1"),
         (lambda: require_chunk_policy(LinearFeedback(jnp.zeros((1, 1)))), InputTypeError, "policy is a LinearFeedback"),
     ],
 )

@@ -7,15 +7,16 @@ from scipy.special import ndtr
 from scipy.stats import multivariate_normal
 
 from steersman.diffusion import DDIM, DDPM, DiscreteVP, FlowSolver, RectifiedFlow
-from steersman.diffusion.cloning import MLPRecipe
+from steersman.diffusion.cloning import Cloning, MLPRecipe
 from steersman.diffusion.generator import ChunkGenerator
-from steersman.diffusion.gorl import EpisodeFilter, LatentPPO, StageLoop, flow_cloning
+from steersman.diffusion.gorl import StageLoop, flow_cloning
 from steersman.diffusion.latent_actions import (
     Decoder,
     GenerativeDecoder,
     LatentActions,
     LatentParams,
     LatentPolicy,
+    LatentPPO,
     Unchanged,
 )
 from steersman.envs import Problem
@@ -27,7 +28,7 @@ from steersman.policies import DiagonalGaussian, GaussianParameters
 from steersman.rl.on_policy.actor_critic import in_rows
 from steersman.rl.on_policy.ppo import PPO
 from steersman.studies.gorl import _kept, predicted_success
-from steersman.training import Linear
+from steersman.training import EpisodeFilter, Linear
 
 AGENT = {"num_envs": 8, "num_steps": 4, "hidden": (4,), "epochs": 1, "minibatches": 2}
 FLOW = flow_cloning(recipe=MLPRecipe(RectifiedFlow(), "flow", (8,), time_size=4), batch_size=16)
@@ -196,6 +197,12 @@ class Wide(Decoder):
         return jnp.concatenate([latent, latent])
 
 
+class Broken(HiddenTarget):
+    def step_env(self, key, state, action, params):
+        observation, state, reward, terminated, info = super().step_env(key, state, action, params)
+        return observation, state, reward * jnp.nan, terminated, info
+
+
 def test_bad_input(staged):
     algorithm, state, _, _ = staged
     with pytest.raises(InputError, match=r"latent\.shape is"):
@@ -214,6 +221,14 @@ def test_bad_input(staged):
         EpisodeFilter(ratio=1.5)
     with pytest.raises(InputError, match="refit_steps is 0"):
         loop(refit_steps=0)
+    for agent in (3, Cloning(), PPO):
+        with pytest.raises(Exception, match="agent"):
+            loop(agent=agent)
+    with pytest.raises(InputTypeError, match="policy has a Categorical"):
+        LatentPPO(**AGENT).init(Problem(DiscreteCartPole()), jax.random.key(0))
+    nothing = algorithm._latent(Problem(Broken(cost=0.02)), state.decoder)
+    with pytest.raises(Exception, match="returns have NaN or infinity among them"):
+        jax.block_until_ready(eqx.filter_jit(loop()._collect)(nothing, state.encoder, jax.random.key(0)))
     with pytest.raises(InputError, match="first is of another kind"):
         loop(first=PPO(**AGENT))
     with pytest.raises(InputTypeError, match="problem is a"):

@@ -25,42 +25,11 @@ from steersman.errors import InputError, InputTypeError
 PROCESS = DiscreteVP.squared_cosine(50)
 
 
-def gaussian(std, process=PROCESS, shape=(1, 1)):
-    """The exact denoiser of N(observation, std^2)."""
-    size = shape[0] * shape[1]
-
-    def mixture(mean):
-        return Mixture(jnp.zeros(1), jnp.full((1, size), mean), jnp.full((1, size), std**2))
-
-    return MixtureDenoiser(mixture, process, shape)
-
-
-def generator(std=0.2, sampler=None, process=PROCESS, shape=(1, 1)):
-    return ChunkGenerator(gaussian(std, process, shape), DDPM(limit=None) if sampler is None else sampler)
-
-
-def affine_recursion(means, stds, weights, eta):
-    """Mean and deviation of the composed chain, in float64, straight from the definitions."""
-    f = [np.cos((k / 50 + 0.008) / 1.008 * np.pi / 2) ** 2 for k in range(51)]
-    signal = np.cumprod([1 - min(1 - f[k + 1] / f[k], 0.999) for k in range(50)])
-    m, v = 0.0, 1.0
-    for k in reversed(range(50)):
-        here, before = signal[k], signal[k - 1] if k else 1.0
-        slopes = [np.sqrt(1 - here) / (here * s**2 + 1 - here) for s in stds]
-        slope = np.dot(weights, slopes)
-        offset = -np.sqrt(here) * np.dot(weights, np.multiply(slopes, means))
-        s2 = eta**2 * (1 - before) / (1 - here) * (1 - here / before)
-        of_x = np.sqrt(before / here) * (1 - slope * np.sqrt(1 - here)) + np.sqrt(1 - before - s2) * slope
-        m = of_x * m + offset * (np.sqrt(1 - before - s2) - np.sqrt(before / here) * np.sqrt(1 - here))
-        v = of_x**2 * v + s2
-    return m, np.sqrt(v)
-
-
 def draws(policy, observation, count, seed=0):
     return jax.jit(jax.vmap(lambda key: policy(observation, key)))(jax.random.split(jax.random.key(seed), count))
 
 
-def test_unit_weights_are_the_parent_and_order_does_not_matter():
+def test_unit_weights_are_the_parent_and_order_does_not_matter(generator):
     parents = [generator(0.2), generator(0.3), generator(0.1)]
     means, key = (0.4, -0.2, 0.1), jax.random.key(3)
     combined = compose(parents, [1.0, 0.0, 0.0])
@@ -88,7 +57,7 @@ def test_unit_weights_are_the_parent_and_order_does_not_matter():
     [(DDIM(limit=None), 0.0, 0.53679, 0.20205), (DDPM(limit=None), 1.0, 0.47744, 0.17991)],
     ids=["ddim", "ddpm"],
 )
-def test_unequal_gaussians_end_where_the_recursion_says(sampler, eta, mean, std):
+def test_unequal_gaussians_end_where_the_recursion_says(sampler, eta, mean, std, generator, affine_recursion):
     """Not at 0.20588 and 0.16270, the normalized product of the densities: noised scores are averaged."""
     np.testing.assert_allclose(affine_recursion((0.0, 1.0), (0.1, 0.3), (0.3, 0.7), eta), (mean, std), atol=1e-5)
     composed = compose([generator(0.1), generator(0.3)], [0.3, 0.7], sampler=sampler)
@@ -97,7 +66,7 @@ def test_unequal_gaussians_end_where_the_recursion_says(sampler, eta, mean, std)
     np.testing.assert_allclose(chunks.std(), std, rtol=0.02)
 
 
-def test_policies_of_other_processes_agree_at_equal_signal_to_noise():
+def test_policies_of_other_processes_agree_at_equal_signal_to_noise(gaussian):
     """The noise of N(m, s^2) at x is sigma (x - alpha m) / (alpha^2 s^2 + sigma^2), whoever is asked."""
     with jax.enable_x64(True):
         flow = on_process(gaussian(0.3, RectifiedFlow()), DiscreteVP.squared_cosine(50))
@@ -110,7 +79,7 @@ def test_policies_of_other_processes_agree_at_equal_signal_to_noise():
             np.testing.assert_allclose(found.noise[0, 0], truth, atol=1e-6)
 
 
-def test_bayes_is_the_exact_fusion():
+def test_bayes_is_the_exact_fusion(generator):
     """Prior N(0, 1), independent readings of unit variance: p(a | o1) p(a | o2) / p(a) = N((o1 + o2) / 3, 1/3)."""
 
     def posterior(reading):
@@ -126,7 +95,7 @@ def test_bayes_is_the_exact_fusion():
     np.testing.assert_allclose(found.noise[0, 0], truth, rtol=0.02)
 
 
-def test_views_pick_each_policys_part_in_its_units():
+def test_views_pick_each_policys_part_in_its_units(gaussian, generator):
     scaled = ChunkGenerator(
         gaussian(0.2), DDPM(limit=None), observation_scaling=Scaling(jnp.asarray(1.0), jnp.asarray(2.0))
     )
@@ -146,38 +115,40 @@ class Regressor:
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda a, b: compose([a, b], [1.5, -0.5]), InputError, "weights"),
-        (lambda a, b: compose([a, b], [0.5, 0.4]), InputError, "sum to 1"),
-        (lambda a, b: compose([a, b], [float("nan"), 1.0]), InputError, "weights"),
-        (lambda a, b: compose([a, b], [1.0]), InputError, r"weights\.shape"),
-        (lambda a, b: compose([a]), InputError, "at least two"),
-        (lambda a, b: compose([a, Regressor()]), InputTypeError, r"policies\[1\] is a Regressor"),
-        (lambda a, b: compose([a, generator(shape=(1, 2))]), InputError, "action dimensions"),
+        (lambda a, b, generator: compose([a, b], [1.5, -0.5]), InputError, "weights"),
+        (lambda a, b, generator: compose([a, b], [0.5, 0.4]), InputError, "sum to 1"),
+        (lambda a, b, generator: compose([a, b], [float("nan"), 1.0]), InputError, "weights"),
+        (lambda a, b, generator: compose([a, b], [1.0]), InputError, r"weights\.shape"),
+        (lambda a, b, generator: compose([a]), InputError, "at least two"),
+        (lambda a, b, generator: compose([a, Regressor()]), InputTypeError, r"policies\[1\] is a Regressor"),
+        (lambda a, b, generator: compose([a, generator(shape=(1, 2))]), InputError, "action dimensions"),
         (
-            lambda a, b: compose([a, ChunkGenerator(b.denoiser, b.sampler, Scaling(jnp.zeros(()), jnp.asarray(2.0)))]),
+            lambda a, b, generator: compose(
+                [a, ChunkGenerator(b.denoiser, b.sampler, Scaling(jnp.zeros(()), jnp.asarray(2.0)))]
+            ),
             InputError,
             "action_scaling",
         ),
         (
-            lambda a, b: compose([a, generator(process=RectifiedFlow(), sampler=FlowSolver(5))]),
+            lambda a, b, generator: compose([a, generator(process=RectifiedFlow(), sampler=FlowSolver(5))]),
             InputError,
             "process is None",
         ),
-        (lambda a, b: compose([a, b], op="and", sampler=DDIM()), InputError, "sampler"),
-        (lambda a, b: compose([a, b], sampler=Superposition("or")), InputError, "sampler"),
-        (lambda a, b: compose([a, b], [0.5, 0.5], op="or"), InputError, "weights"),
-        (lambda a, b: compose([a, generator(shape=(2, 1))], op="and"), InputError, "equally many rows"),
-        (lambda a, b: compose([a, b], op="xor"), InputError, "Unknown op"),
-        (lambda a, b: compose([a, b], views=["x"]), InputError, "views"),
-        (lambda a, b: compose([a, b])((jnp.zeros(()),), jax.random.key(0)), InputError, "observation"),
+        (lambda a, b, generator: compose([a, b], op="and", sampler=DDIM()), InputError, "sampler"),
+        (lambda a, b, generator: compose([a, b], sampler=Superposition("or")), InputError, "sampler"),
+        (lambda a, b, generator: compose([a, b], [0.5, 0.5], op="or"), InputError, "weights"),
+        (lambda a, b, generator: compose([a, generator(shape=(2, 1))], op="and"), InputError, "equally many rows"),
+        (lambda a, b, generator: compose([a, b], op="xor"), InputError, "Unknown op"),
+        (lambda a, b, generator: compose([a, b], views=["x"]), InputError, "views"),
+        (lambda a, b, generator: compose([a, b])((jnp.zeros(()),), jax.random.key(0)), InputError, "observation"),
     ],
 )
-def test_bad_input_is_told(call, error, text):
+def test_bad_input_is_told(call, error, text, generator):
     with pytest.raises(error, match=text):
-        call(generator(), generator())
+        call(generator(), generator(), generator)
 
 
-def test_generators_come_out_of_policies():
+def test_generators_come_out_of_policies(generator):
     policy = generator().policy(1, jnp.zeros(()))
     assert generators_of([policy, generator()])[0] is policy.generator
     assert check_weights([0.5, 0.5], 2).shape == (2,)

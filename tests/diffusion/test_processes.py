@@ -36,6 +36,21 @@ def test_squared_cosine_schedule_by_its_definition():
     assert process.coefficients(jnp.asarray(-1)) == (1.0, 0.0)
 
 
+def test_a_shifted_flow_visits_levels_with_another_ratio_of_noise_to_signal():
+    """sigma / alpha is `shift` times what it is at even levels, in the grid and in what is drawn; the line stays."""
+    even, shifted = RectifiedFlow(), RectifiedFlow(shift=0.5)
+    key = jax.random.key(0)
+    for a, b in (
+        (even.grid(8).current[1:], shifted.grid(8).current[1:]),
+        (even.sample_level(key, (64,)), shifted.sample_level(key, (64,))),
+    ):
+        np.testing.assert_allclose(b / (1 - b), 0.5 * a / (1 - a), rtol=1e-4)
+    assert (float(shifted.grid(8).current[0]), float(shifted.grid(8).following[-1])) == (1.0, 0.0)
+    np.testing.assert_array_equal(shifted.coefficients(jnp.asarray(0.3)), even.coefficients(jnp.asarray(0.3)))
+    with pytest.raises(InputError, match="shift is 0"):
+        RectifiedFlow(shift=0.0)
+
+
 def test_grids_end_in_clean_data_and_have_the_known_places():
     process = DiscreteVP.squared_cosine(100)
     leading = process.grid(10)

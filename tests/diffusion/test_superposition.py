@@ -7,10 +7,8 @@ import pytest
 
 from steersman.diffusion import (
     DDPM,
-    ChunkGenerator,
     DiscreteVP,
     Mixture,
-    MixtureDenoiser,
     RectifiedFlow,
     sample,
 )
@@ -21,22 +19,8 @@ from steersman.errors import InputError, InputTypeError
 PROCESS = DiscreteVP.squared_cosine(50)
 
 
-def gaussian(std, process=PROCESS, shape=(1, 1)):
-    """The exact denoiser of N(observation, std^2)."""
-    size = shape[0] * shape[1]
-
-    def mixture(mean):
-        return Mixture(jnp.zeros(1), jnp.full((1, size), mean), jnp.full((1, size), std**2))
-
-    return MixtureDenoiser(mixture, process, shape)
-
-
-def generator(std=0.2, sampler=None, process=PROCESS, shape=(1, 1)):
-    return ChunkGenerator(gaussian(std, process, shape), DDPM(limit=None) if sampler is None else sampler)
-
-
 @pytest.mark.parametrize("count", [2, 3])
-def test_and_keeps_all_log_densities_equal(count):
+def test_and_keeps_all_log_densities_equal(count, generator):
     """Of three, the differences of scores are nearly collinear at first, which the ridge then leaves to later steps."""
     with jax.enable_x64(True):
         process = DiscreteVP.squared_cosine(20)
@@ -49,7 +33,7 @@ def test_and_keeps_all_log_densities_equal(count):
         np.testing.assert_allclose(chain.memory.share.sum(), 1.0, rtol=1e-9)
 
 
-def test_trackers_follow_the_log_density():
+def test_trackers_follow_the_log_density(generator):
     """With enough steps l is the change of the noised log-density along the chain (Ito's lemma).
 
     The error of one path goes with the root of the step, but is nearly the same for both.
@@ -67,7 +51,7 @@ def test_trackers_follow_the_log_density():
     np.testing.assert_allclose(jnp.diff(chain.memory.log_density)[0], gained[1] - gained[0], atol=0.1)
 
 
-def test_identical_parents_superpose_to_the_parent():
+def test_identical_parents_superpose_to_the_parent(generator):
     key, seen = jax.random.key(1), (jnp.asarray(0.4), jnp.asarray(0.4))
     parents = [generator(), generator()]
     chains = [compose(parents, op=op).chain(seen, key) for op in ("and", "or")]
@@ -89,13 +73,13 @@ def test_identical_parents_superpose_to_the_parent():
         ),
     ],
 )
-def test_bad_input_is_told(call, error, text):
+def test_bad_input_is_told(call, error, text, generator):
     with pytest.raises(error, match=text):
         call(generator(), generator())
 
 
 @pytest.mark.parametrize("process", [DiscreteVP.squared_cosine(100), RectifiedFlow()], ids=["vp", "flow"])
-def test_either_of_two_equal_policies_is_that_policy_on_any_process(process):
+def test_either_of_two_equal_policies_is_that_policy_on_any_process(process, generator):
     """Euler-Maruyama ends at N(0.4, 0.3^2), up to its step."""
     parents = [generator(0.3, DDPM(steps=100), process) for _ in range(2)]
     either = compose(parents, op="or", sampler=Superposition("or", 2, steps=100))
@@ -105,7 +89,7 @@ def test_either_of_two_equal_policies_is_that_policy_on_any_process(process):
     np.testing.assert_allclose(chunks.std(), 0.3, rtol=0.1)
 
 
-def test_a_limit_bounds_the_combined_sample():
+def test_a_limit_bounds_the_combined_sample(generator):
     """The last step of Euler-Maruyama is alpha a + b x / 2 with b = sigma^2."""
     both = compose([generator(0.3), generator(0.3)], op="and", sampler=Superposition("and", 2, limit=0.2))
     chain = both.chain((jnp.asarray(1.0), jnp.asarray(0.8)), jax.random.key(0))

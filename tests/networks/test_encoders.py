@@ -74,8 +74,6 @@ def test_bad_images():
             encoder(jnp.zeros((1, 8, 6)))
         with pytest.raises(InputError, match=r"image\.shape is \(3, 9, 6\), but it must be"):
             encoder(jnp.zeros((3, 9, 6)))
-    with pytest.raises(InputError, match=r"crop is \(9, 6\)"):
-        ResNet18((3, 8, 6), crop=(9, 6), key=jax.random.key(0))
     with pytest.raises(InputError, match="Unknown normalization 'layer'"):
         ResNet18((3, 8, 6), normalization="layer", key=jax.random.key(0))
     with pytest.raises(InputError, match="width is 25, but it must be a multiple of 16"):

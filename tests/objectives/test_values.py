@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import optimize, stats
 
 from steersman.errors import InputError
 from steersman.objectives import clipped_value_error, huber, squared_error
+from steersman.objectives.values import expectile_error
 
 
 def test_squared_error_and_huber_by_hand():
@@ -15,6 +17,24 @@ def test_squared_error_and_huber_by_hand():
     np.testing.assert_allclose(huber(value, target, 10.0), [10 * (12 - 5), 0.5, 0.0])
     np.testing.assert_allclose(huber(value, target, 12.0), [72.0, 0.5, 0.0])
     np.testing.assert_allclose(huber(value, target, float("inf")), 0.5 * squared_error(value, target))
+
+
+@pytest.mark.parametrize("expectile", [0.1, 0.5, 0.7, 0.95])
+def test_the_least_expectile_error_is_at_scipys_expectile(expectile):
+    targets = np.random.default_rng(0).gamma(2.0, size=50)
+    found = optimize.minimize_scalar(lambda v: expectile_error(np.full(50, v), targets, expectile).mean())
+    assert found.x == pytest.approx(stats.expectile(targets, expectile), abs=1e-5)
+
+
+def test_expectile_error_by_hand_and_what_it_refuses():
+    value, target = np.array([0.0, 3.0]), np.array([2.0, 1.0])
+    np.testing.assert_allclose(expectile_error(value, target, 0.7), [0.7 * 4, 0.3 * 4])
+    np.testing.assert_allclose(expectile_error(value, target, 0.5), 0.5 * squared_error(value, target))
+    for wrong in (0.0, 1.0, -0.5):
+        with pytest.raises(InputError, match="expectile is"):
+            expectile_error(value, target, wrong)
+    with pytest.raises(InputError, match="target has shape"):
+        expectile_error(value, target[:1], 0.7)
 
 
 def test_clipped_value_error_by_hand():

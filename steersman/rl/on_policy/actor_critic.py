@@ -82,6 +82,7 @@ class Batch(NamedTuple):
         value: the critic's values when the batch was collected.
         read: what the critic reads beyond features and memory.
         alternatives: more samples beside each row, or None.
+        imitated: what another policy did in the same place, or nothing.
     """
 
     features: Features
@@ -95,6 +96,7 @@ class Batch(NamedTuple):
     value: Float[Array, "T N"]
     read: PyTree = ()
     alternatives: Alternatives | None = None
+    imitated: PyTree = ()
 
 
 S = TypeVar("S", bound=ActorCriticState)

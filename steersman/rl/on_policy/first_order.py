@@ -15,6 +15,7 @@ from steersman.errors import InputError, InputTypeError, require, require_count,
 from steersman.returns import standardize
 from steersman.rl.advantage_scales import AdvantageScale
 from steersman.rl.alternatives import AlternativeSource
+from steersman.rl.imitation import Imitation
 from steersman.rl.on_policy.actor_critic import (
     ActorCritic,
     ActorCriticState,
@@ -44,6 +45,7 @@ class Carried(NamedTuple):
     reference: PyTree
     advantages: PyTree
     alternatives: PyTree
+    imitation: PyTree = ()
 
 
 class FirstOrder(ActorCritic[ActorCriticState]):
@@ -56,6 +58,7 @@ class FirstOrder(ActorCritic[ActorCriticState]):
         reference: the policy that the surrogate compares with; the behaviour policy unless another is given.
         phase: what happens after the epochs (a repair of the policy, say), or None.
         alternatives: where more actions at the visited states come from, or None.
+        imitation: a pull towards what another policy does at the visited states, or None.
         optimizer: how a gradient becomes a step.
         learning_rate: step size; give a :class:`~steersman.training.Linear` schedule to anneal it.
         critic_learning_rate: step size of the critic; that of the actor where None.
@@ -74,6 +77,7 @@ class FirstOrder(ActorCritic[ActorCriticState]):
     reference: Reference = eqx.field(default_factory=Reference)
     phase: Phase | None = None
     alternatives: AlternativeSource | None = None
+    imitation: Imitation | None = None
     optimizer: Optimizer = eqx.field(default_factory=Adam)
     learning_rate: Scheduled = scalar(3e-4)
     critic_learning_rate: Scheduled | None = scalar(None)
@@ -131,6 +135,7 @@ class FirstOrder(ActorCritic[ActorCriticState]):
             self.reference.init(state.learned),
             scale.init() if isinstance(scale, AdvantageScale) else (),
             proposals,
+            () if self.imitation is None else self.imitation.init(state.actor),
         )
         return eqx.tree_at(lambda s: s.method, state, carried, is_leaf=lambda x: x is None)
 
@@ -216,7 +221,7 @@ class FirstOrder(ActorCritic[ActorCriticState]):
         batch: Batch,
         scaler: RewardScaler | None,
     ) -> tuple[Batch, Carried, Metrics]:
-        """The rows that are learned from: with alternatives beside them, and advantages scaled as a whole batch."""
+        """The rows that are learned from: what the slots put beside them, and advantages scaled as a whole batch."""
         metrics: Metrics = {}
         proposed, proposals = None, carried.alternatives
         if self.alternatives is not None:
@@ -232,7 +237,13 @@ class FirstOrder(ActorCritic[ActorCriticState]):
         if isinstance(self.normalize_advantages, AdvantageScale):
             scaled, advantages = self.normalize_advantages(advantages, batch.advantage)
             batch = batch._replace(advantage=scaled)
+        if self.imitation is not None:
+            key = jax.random.fold_in(state.key, 2)
+            batch = batch._replace(imitated=self.imitation.draw(carried.imitation, experience, key))
         rows = in_rows(state.actor, batch)._replace(alternatives=proposed)
+        if rows.log_prob.ndim > rows.advantage.ndim:
+            # Log-probabilities in several terms: all terms of an action share its advantage.
+            rows = rows._replace(advantage=jnp.broadcast_to(rows.advantage[..., None], rows.log_prob.shape))
         return rows, carried._replace(advantages=advantages, alternatives=proposals), metrics
 
     def loss(
@@ -252,9 +263,15 @@ class FirstOrder(ActorCritic[ActorCriticState]):
         value_loss = jnp.mean(self.critic.error(learned.critic, examples(rows), self._value_loss))
         bonus = jnp.mean(drawn.inputs.entropy)
         loss = policy_loss + self.value_coefficient * value_loss - self.entropy_coefficient * bonus
+        more: Metrics = {}
+        if self.imitation is not None:
+            imitation_loss = self.imitation.loss(actor, rows)
+            loss = loss + self.imitation.coefficient * imitation_loss
+            more = {"imitation_loss": imitation_loss}
         return loss, (
             drawn,
             {
+                **more,
                 "policy_loss": policy_loss,
                 "value_loss": value_loss,
                 "entropy": bonus,
