@@ -235,6 +235,7 @@ class Compare:
     def run(self) -> int:
         """Runs the command."""
         from steersman import envs, training
+        from steersman.training.report import check_report_path
 
         if not self.systems:
             raise InputError("systems is empty: name at least one of " + ", ".join(s.slug for s in catalog.systems()))
@@ -248,7 +249,7 @@ class Compare:
             preset = int(settings.pop("steps", 1_000_000))
             steps[system.slug] = preset if self.steps is None else self.steps
             algorithms[system.slug] = build(system, settings, steps[system.slug])
-        report = self.out or Path("reports") / self.env.replace(":", "-") / "report.html"
+        report = check_report_path(self.out or Path("reports") / self.env.replace(":", "-") / "report.html", "out")
         _make_folder(report.parent)
         command = f"steersman compare {' '.join(self.systems)} --env {self.env} --seeds {self.seeds}"
         command += f" --steps {self.steps}" if self.steps is not None else ""

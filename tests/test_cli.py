@@ -167,6 +167,8 @@ def test_cite(capsys):
         (["train", "ppo", "--env", "cartpole-discrete", "--steps", "-5"], "steps is -5"),
         (["evaluate", "/nowhere"], "is not a run folder"),
         (["compare", "ppo", "ppo", "--env", "cartpole-discrete"], "each may be named only once"),
+        # Told before anything is trained.
+        (["compare", "ppo", "--env", "cartpole-discrete", "--out", "somewhere"], "out is 'somewhere'"),
         (["study", "pppo"], "Unknown system"),
         (["study", "ppo", "--seed", "-1"], "seed is -1"),
         (["demonstrate", "detour-reech", "--out", "x"], "Unknown task 'detour-reech': did you mean 'detour-reach'"),

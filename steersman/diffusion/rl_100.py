@@ -8,6 +8,7 @@ Lei et al. (2025, arXiv:2510.14830). Every stage is an algorithm of its own, to 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,16 @@ def online(policy: ChunkPolicy, **options: Any) -> DPPO:
         "normalize_rewards": False,
     }
     return DPPO(**{**settings, **options})
+
+
+def one_step(policy: ChunkPolicy, **options: Any) -> ConsistencyDistillation:
+    """The distillation stage: the student follows the exploring sampler's own path, with every step at its mean.
+
+    That is what was improved; the same network stepped without noise goes other ways. `options` are those of
+    ConsistencyDistillation.
+    """
+    teacher = with_generator(policy, dataclasses.replace(generator_of(policy), evaluation=None))
+    return ConsistencyDistillation(teacher, **options)
 
 
 def collected(algorithm: DPPO, policy: ChunkPolicy, problem: Any, key: Key[Array, ""]) -> ChunkTransitions:
@@ -125,7 +136,7 @@ class RL100:
     rounds: int = 1
     online: Callable[[ChunkPolicy], DPPO] = online
     online_iterations: int = 100
-    distillation: Callable[[ChunkPolicy], IterativeAlgorithm] = ConsistencyDistillation
+    distillation: Callable[[ChunkPolicy], IterativeAlgorithm] = one_step
     distillation_steps: int = 5000
 
     def __post_init__(self) -> None:

@@ -25,6 +25,11 @@ def _leading(name: str, tree: PyTree) -> int:
     return size
 
 
+def _on_device(tree: Any) -> Any:
+    """Converter: NumPy arrays may be given."""
+    return jax.tree.map(jnp.asarray, tree)
+
+
 class ObservationData(eqx.Module):
     """Observations (or windows of them) to learn at, as distillation does, which needs no actions."""
 
@@ -94,8 +99,8 @@ class ChunkPairs(ChunkData):
         chunk: ``[N, H, D]``.
     """
 
-    observation: PyTree
-    chunk: Float[Array, "N H D"]
+    observation: PyTree = eqx.field(converter=_on_device)
+    chunk: Float[Array, "N H D"] = eqx.field(converter=_on_device)
 
     def __check_init__(self) -> None:
         size = _leading("observation", self.observation)

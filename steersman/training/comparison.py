@@ -18,7 +18,7 @@ from steersman.training.evaluation import evaluate, evaluate_members, record_epi
 from steersman.training.hyperparameters import hyperparameters
 from steersman.training.loop import Trained, train
 from steersman.training.progress import Progress
-from steersman.training.report import ComparisonResult, SystemResult, write_report
+from steersman.training.report import ComparisonResult, SystemResult, check_report_path, write_report
 from steersman.training.runs import versions
 from steersman.training.schedules import Schedule
 
@@ -57,6 +57,8 @@ def compare(
     if not contestants:
         raise InputError("contestants is empty, but a comparison needs at least one.")
     require_count("seeds", seeds)
+    if report is not None:
+        check_report_path(report, "report")
     problem = as_problem(problem)
     results = {}
     for name, contestant in contestants.items():

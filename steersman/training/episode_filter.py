@@ -45,7 +45,7 @@ class EpisodeReturns(NamedTuple):
 
 
 class EpisodeFilter(eqx.Module):
-    """Which episodes a decoder is refitted to: a share of them from the better ones, the rest from all.
+    """Which episodes to learn from: a share of the draws from the better ones, the rest from all.
 
     Attributes:
         ratio: share drawn from episodes whose return is at or above the quantile; 0 takes all episodes alike.

@@ -227,6 +227,18 @@ def number_format(values: Iterable[np.ndarray]) -> Any:
     return lambda value: f"{round(value, decimals) + 0.0:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def check_report_path(path: str | os.PathLike[str], argument: str = "path") -> Path:
+    """The path as such, if a report can be written there: to be asked before what takes long.
+
+    Raises:
+        InputError: it is a folder, or its name does not end in .html.
+    """
+    target = Path(path)
+    require(target.suffix.lower() in (".html", ".htm"), argument, str(path), "a file name ending in .html")
+    require(not target.is_dir(), argument, str(path), "a file, but there is a folder of that name")
+    return target
+
+
 def write_report(result: ComparisonResult, path: str | os.PathLike[str]) -> Path:
     """Writes the page that shows a result: one HTML file that needs nothing else, and returns its path.
 
@@ -236,8 +248,7 @@ def write_report(result: ComparisonResult, path: str | os.PathLike[str]) -> Path
         result: one system or several.
         path: the file, for example ``report.html``; missing folders are made.
     """
-    target = Path(path)
-    require(target.suffix.lower() in (".html", ".htm"), "path", str(path), "a file name ending in .html")
+    target = check_report_path(path)
     page = render_report(result)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic(target) as temporary:

@@ -97,7 +97,7 @@ def test_the_expert_solves_the_task(environment):
 
 def test_demonstrations_are_repeatable_whatever_is_observed():
     shown = pusht.demonstrations(1, 5, obs_type="environment_state_agent_pos")
-    again = demonstrate("pusht", 1, 5)
+    again = demonstrate("push-t", 1, 5)
     np.testing.assert_array_equal(shown[0].action, again[0].action)
     assert shown[0].observation["environment_state"].shape == (len(shown[0]) + 1, 16)
     np.testing.assert_array_equal(shown[0].observation["agent_pos"], again[0].observation[:, :2])
