@@ -74,11 +74,16 @@ class ProblemModel(PlanningModel):
 
     def step(self, state: Float[Array, " n"], u: Float[Array, " m"]) -> tuple[Float[Array, " n"], Float[Array, ""]]:
         problem = self.problem
-        following = problem.dynamics(state, u)
-        low, high = (jnp.asarray(bound, following.dtype) for bound in problem.state_bounds)
-        excess = jnp.sum(jnp.maximum(problem.constraints(state, u), 0.0))
-        excess += jnp.sum(jnp.maximum(following - high, 0.0) + jnp.maximum(low - following, 0.0))
-        return following, problem.stage_cost(state, u) + self.penalty * excess
+        following, cost = problem.dynamics(state, u), problem.stage_cost(state, u)
+        excess = jnp.zeros((), cost.dtype)
+        low, high = problem.state_bounds
+        # What cannot be violated is not traced: it would double what a planner compiles.
+        if np.any(np.isfinite(low)) or np.any(np.isfinite(high)):
+            above, below = following - jnp.asarray(high, cost.dtype), jnp.asarray(low, cost.dtype) - following
+            excess += jnp.sum(jnp.maximum(above, 0.0) + jnp.maximum(below, 0.0))
+        if problem.constraint_names:
+            excess += jnp.sum(jnp.maximum(problem.constraints(state, u), 0.0))
+        return following, cost + self.penalty * excess
 
     def terminal_cost(self, state: Float[Array, " n"]) -> Float[Array, ""]:
         return self.problem.terminal_cost(state)

@@ -129,7 +129,7 @@ class OfflineImprovement(IterativeAlgorithm):
     """
 
     start: ChunkPolicy
-    critics: ImplicitQLearning = eqx.field(default_factory=ImplicitQLearning)
+    critics: ImplicitQLearning = eqx.field(default_factory=lambda: ImplicitQLearning(target_every=2))
     model: ModelLearner = eqx.field(
         default_factory=lambda: EnsembleLearner(hidden=(400,) * 4, members=7, terminates=True, epochs=100, batches=100)
     )
