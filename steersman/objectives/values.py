@@ -68,7 +68,8 @@ def expectile_error(value: Array, target: Array, expectile: Array | float) -> Ar
     require(not isinstance(expectile, float) or expectile < 1.0, "expectile", expectile, "above 0 and below 1")
     xp = array_namespace(value)
     error = target - value
-    return xp.where(error < 0, 1.0 - expectile, expectile) * error**2
+    # A choice between arrays: between two numbers, PyTorch would answer in single precision.
+    return xp.where(error < 0, (1.0 - expectile) * error**2, expectile * error**2)
 
 
 def clipped_value_error(

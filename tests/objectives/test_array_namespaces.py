@@ -68,6 +68,7 @@ OBJECTIVES = {
     "k3_kl": (o.k3_kl, (LOG_RATIO, OTHER), 2),
     "squared_error": (o.squared_error, (ADVANTAGE, OTHER), 2),
     "huber": (functools.partial(o.huber, delta=0.5), (ADVANTAGE, OTHER), 2),
+    "expectile_error": (functools.partial(o.expectile_error, expectile=0.7), (ADVANTAGE, OTHER), 2),
     "clipped_value_error": (functools.partial(o.clipped_value_error, clip=0.5), (ADVANTAGE, LOG_RATIO, OTHER), 1),
     "clipped_value_error, huber": (
         functools.partial(o.clipped_value_error, clip=0.5, error=functools.partial(o.huber, delta=0.5)),
