@@ -83,13 +83,13 @@ def measure(contestants: dict[str, Contestant], rounds: int, sizes: range, quick
             for what, (request, repeats) in INFERENCE.items():
                 taken = turns(processes, rounds, do=request, size=size, batch=1, repeats=repeats)
                 results["inference"].append({"size": size, "what": what, "ms": taken})
-        for size in [i for i in sizes if i < 2]:
-            repeats = 2 if quick else 10
+        for size in sizes[:1]:
+            repeats = 2 if quick else 5
             taken = turns(processes, rounds, do="train", size=size, batch=TRAINING_BATCH, repeats=repeats)
             results["training"].append({"size": size, "ms": taken})
         for what, (request, everyone) in WAYS.items():
             some = {name: process for name, process in processes.items() if everyone or name == "steersman"}
-            for size in [i for i in sizes if i < 2]:
+            for size in sizes[:1]:
                 taken = turns(some, rounds, do=request, size=size, batch=1, repeats=2)
                 results["ways"].append({"size": size, "what": what, "ms": taken})
     return results
@@ -162,6 +162,7 @@ def main() -> int:
     parser.add_argument("--lerobot", type=Path, required=True, help="environment with LeRobot")
     parser.add_argument("--cleandiffuser", type=Path, help="checkout of CleanDiffuser")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", type=int, default=len(WIDTHS), help="how many networks, from the smallest")
     parser.add_argument("--quick", action="store_true", help="only whether everything runs; writes nothing")
     given = parser.parse_args()
     contestants = {
@@ -173,7 +174,9 @@ def main() -> int:
         contestants["cleandiffuser"] = Contestant(
             "CleanDiffuser", "run_cleandiffuser.py", given.lerobot.absolute(), jax=False
         )
-    results = measure(contestants, 1 if given.quick else given.rounds, range(1 if given.quick else 3), given.quick)
+    results = measure(
+        contestants, 1 if given.quick else given.rounds, range(1 if given.quick else given.sizes), given.quick
+    )
     peers = {name: contestant.title for name, contestant in contestants.items() if name != "steersman"}
     text = block(results, peers)
     print(text)
