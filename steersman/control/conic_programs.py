@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from steersman.control.quadratic_programs import STATUSES
+from steersman.control.quadratic_programs import HostAnswer
 from steersman.errors import InputError, require, require_number
 
 _STATUS = {"optimal": 0, "optimal_inaccurate": 1, "infeasible": 2, "infeasible_inaccurate": 2, "unbounded": 3}
 
 
-class ConicSolution(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConicSolution(HostAnswer):
     """A solver's answer.
 
     Attributes:
@@ -34,16 +36,6 @@ class ConicSolution(NamedTuple):
     seconds: float
     solver_seconds: float
     iterations: int
-
-    @property
-    def solved(self) -> bool:
-        """Whether the variables can be used."""
-        return self.status <= 1
-
-    @property
-    def word(self) -> str:
-        """The status in a word."""
-        return STATUSES[self.status]
 
 
 class ConicProgram:

@@ -14,6 +14,7 @@ weight for sines and cosines, so that it does not change as reference and harmon
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,12 +24,13 @@ from steersman.control.conic_programs import ConicProgram
 from steersman.control.harmonics import Harmonic, HarmonicPlant
 from steersman.control.host_solves import Fallback, HostController
 from steersman.control.planning import Plan
-from steersman.control.quadratic_programs import STATUSES
+from steersman.control.quadratic_programs import HostAnswer
 from steersman.control.tracking_programs import check_rows, one_weight, root
 from steersman.errors import require, require_count, require_number
 
 
-class HMPCAnswer(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class HMPCAnswer(HostAnswer):
     """One solve.
 
     Attributes:
@@ -50,16 +52,6 @@ class HMPCAnswer(NamedTuple):
     iterations: int
     seconds: float
     blame: str
-
-    @property
-    def solved(self) -> bool:
-        """Whether the controls can be used."""
-        return self.status <= 1
-
-    @property
-    def word(self) -> str:
-        """The status in a word."""
-        return STATUSES[self.status]
 
 
 class HMPCMemory(NamedTuple):

@@ -7,6 +7,7 @@ With the Riccati equation's ``P`` the law is the LQR's wherever no bound is acti
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,12 +21,13 @@ from jaxtyping import Array, Float, Int, Key
 from steersman.control.host_solves import Fallback, check_fallback, fall_back, solve_qp
 from steersman.control.lqr import lqr
 from steersman.control.planning import Plan
-from steersman.control.quadratic_programs import OSQP, STATUSES, Affine, ParametricQP, QPSolver
+from steersman.control.quadratic_programs import OSQP, Affine, HostAnswer, ParametricQP, QPSolver
 from steersman.errors import InputTypeError, require, require_count, require_number
 from steersman.policies import Policy
 
 
-class MPCAnswer(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class MPCAnswer(HostAnswer):
     """One solve on the host.
 
     Attributes:
@@ -45,16 +47,6 @@ class MPCAnswer(NamedTuple):
     status: int
     iterations: int
     blame: list[str]
-
-    @property
-    def solved(self) -> bool:
-        """Whether the controls can be used."""
-        return self.status <= 1
-
-    @property
-    def word(self) -> str:
-        """The status in a word."""
-        return STATUSES[self.status]
 
 
 class LinearMPC:

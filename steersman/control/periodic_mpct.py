@@ -6,17 +6,20 @@ shape, at ``n + m`` variables a sample of the period. With ``T = 1`` it is MPC f
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from steersman.control.conic_programs import ConicProgram
+from steersman.control.quadratic_programs import HostAnswer
 from steersman.control.tracking_programs import check_rows, root
 from steersman.errors import require, require_count, require_number
 
 
-class PeriodicAnswer(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class PeriodicAnswer(HostAnswer):
     """One solve.
 
     Attributes:
@@ -32,11 +35,6 @@ class PeriodicAnswer(NamedTuple):
     cost: float
     status: int
     seconds: float
-
-    @property
-    def solved(self) -> bool:
-        """Whether the controls can be used."""
-        return self.status <= 1
 
 
 class PeriodicMPCT:

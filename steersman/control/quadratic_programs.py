@@ -68,6 +68,26 @@ class QPSolution(NamedTuple):
         return self.status <= 1
 
 
+class HostAnswer:
+    """What the answers of programs solved on the host have in common.
+
+    Attributes:
+        status: index into :data:`STATUSES`.
+    """
+
+    status: int
+
+    @property
+    def solved(self) -> bool:
+        """Whether the answer can be used."""
+        return self.status <= 1
+
+    @property
+    def word(self) -> str:
+        """The status in a word."""
+        return STATUSES[self.status]
+
+
 class ParametricQP:
     """A family of quadratic programs.
 

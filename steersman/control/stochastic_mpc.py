@@ -13,7 +13,8 @@ is derived here.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,12 +23,13 @@ from jaxtyping import Float
 from steersman.control.host_solves import Fallback, HostController
 from steersman.control.lqr import lqr
 from steersman.control.planning import Plan
-from steersman.control.quadratic_programs import OSQP, PIQP, STATUSES, Affine, ParametricQP, QPSolver
+from steersman.control.quadratic_programs import OSQP, PIQP, Affine, HostAnswer, ParametricQP, QPSolver
 from steersman.control.tightening import BoundedNoise, ResetSchedule, Tightening
 from steersman.errors import InputError, require, require_count, require_number
 
 
-class StochasticAnswer(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class StochasticAnswer(HostAnswer):
     """One solve.
 
     Attributes:
@@ -47,16 +49,6 @@ class StochasticAnswer(NamedTuple):
     status: int
     iterations: int
     blame: list[str]
-
-    @property
-    def solved(self) -> bool:
-        """Whether the control can be used."""
-        return self.status <= 1
-
-    @property
-    def word(self) -> str:
-        """The status in a word."""
-        return STATUSES[self.status]
 
 
 class StochasticMPC:
